@@ -1,0 +1,177 @@
+"""The environment becomes one frozen `Settings` and vLLM's argument list. Nothing else reads the environment.
+
+Every flag of vLLM's own parser is settable as its name in UPPER_SNAKE: `--max-model-len 8k` is `MAX_MODEL_LEN=8k`.
+"""
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from worker.errors import ConfigurationError
+
+DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
+
+ALIASES = {
+    "MODEL_REVISION": "revision",
+    "TOKENIZER_NAME": "tokenizer",
+    "CUSTOM_CHAT_TEMPLATE": "chat_template",
+    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "served_model_name",
+    "GPU_MEMORY_UTIL": "gpu_memory_utilization",
+    "MAX_BATCHED_TOKENS": "max_num_batched_tokens",
+}
+"""Names of the existing worker images for flags of vLLM."""
+
+NOT_FROM_ENVIRONMENT = frozenset(
+    {"help", "model", "model_tag", "config", "headless", "grpc", "api_server_count", "hf_token"}
+)
+"""Flags that are the worker's own business, or, like the token, read by their library without passing through here."""
+
+_BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
+
+
+def _boolean(text: Any) -> Any:
+    return _BOOLEANS.get(text.strip().lower(), text) if isinstance(text, str) else text
+
+
+def _upper(text: Any) -> Any:
+    return text.strip().upper() if isinstance(text, str) else text
+
+
+Boolean = Annotated[bool, BeforeValidator(_boolean)]
+
+
+class Settings(BaseModel):
+    """What the worker itself is told, one field per variable of the same name in capitals."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model_name: str = Field(DEFAULT_MODEL, min_length=1)
+    """A Hugging Face id or a local folder."""
+    model_revision: str | None = None
+    """A branch, tag or commit on the Hub."""
+    hf_token: str | None = Field(None, repr=False)
+    """For gated and private models."""
+    max_concurrency: int | None = Field(None, ge=1)
+    """Jobs in flight at once; by default twice the engine's `max_num_seqs`, at most 512."""
+    allow_control_routes: Boolean = False
+    """Whether jobs may call every route of the engine, LoRA loading and profiling included."""
+    vllm_extra_args: str = ""
+    """Flags as on a command line, appended last."""
+    runpod_webhook_get_job: str | None = None
+    """Where the platform gives jobs; RunPod sets it, and without it one local job is run."""
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
+    """Of the worker's own lines."""
+
+
+LIBRARY_DEFAULTS = {
+    "RUNPOD_LOG_LEVEL": "INFO",
+    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+    "RUNPOD_SKIP_GPU_CHECK": "true",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""What vLLM and the SDK are told unless the user says otherwise.
+
+The SDK's DEBUG level prints every chunk of output. Its checks open a CUDA context in the worker's process and call a
+public address; a model that has just generated a token proves more.
+"""
+
+
+def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return those of `LIBRARY_DEFAULTS` that the environment does not set."""
+    return {name: value for name, value in LIBRARY_DEFAULTS.items() if name not in environ}
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Read the worker's own settings; an empty variable counts as unset.
+
+    Raises:
+        ConfigurationError: one line for each wrong value.
+    """
+    values = {name.lower(): value for name, value in environ.items() if value.strip()}
+    try:
+        return Settings.model_validate({name: values[name] for name in Settings.model_fields if name in values})
+    except ValidationError as error:
+        lines = [f"{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}" for one in error.errors()]
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def engine_arguments(
+    environ: Mapping[str, str], settings: Settings, parser: argparse.ArgumentParser, not_settable: frozenset[str]
+) -> list[str]:
+    """Return the argument list that the environment means to vLLM's `parser`, each value tried by that parser.
+
+    Raises:
+        ConfigurationError: one line for each variable whose value the parser refuses, with what it expects.
+    """
+    arguments, mistakes = [], []
+    for variable, action in _settable(parser, not_settable | NOT_FROM_ENVIRONMENT):
+        value = environ.get(variable, "").strip()
+        if not value:
+            continue
+        try:
+            flags = _flags(action, value)
+            parser.parse_args(flags)
+        except (ValueError, argparse.ArgumentError) as error:
+            mistakes.append(f"{variable}={value!r}: {_detail(error)}; expected {_expected(action)}")
+        else:
+            arguments += flags
+    if mistakes:
+        raise ConfigurationError("\n".join(mistakes))
+    return [*arguments, *shlex.split(settings.vllm_extra_args)]
+
+
+def _settable(parser: argparse.ArgumentParser, excluded: frozenset[str]) -> Iterable[tuple[str, argparse.Action]]:
+    """Yield every variable with its flag, aliases before the flag's own name, so that the latter wins."""
+    actions = {
+        action.dest: action for action in parser._actions if action.option_strings and action.dest not in excluded
+    }
+    yield from ((alias, actions[dest]) for alias, dest in ALIASES.items() if dest in actions)
+    yield from ((dest.upper(), action) for dest, action in actions.items())
+
+
+def _flags(action: argparse.Action, value: str) -> list[str]:
+    """Return the words of a command line that give `action` the `value`.
+
+    Raises:
+        ValueError: the flag is a boolean and the value is none.
+    """
+    flag = max(action.option_strings, key=lambda name: (not name.startswith("--no-"), len(name)))
+    if action.nargs == 0:
+        if (chosen := _BOOLEANS.get(value.lower())) is None:
+            raise ValueError("not a boolean")
+        off = [flag.replace("--", "--no-", 1)] if isinstance(action, argparse.BooleanOptionalAction) else []
+        return [flag] if chosen else off
+    if action.nargs in ("+", "*"):
+        return [flag, *_items(value)]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{flag}={item}" for item in _items(value)]
+    return [f"{flag}={value}"]
+
+
+def _items(value: str) -> list[str]:
+    """Split a list written as a JSON array or with commas; items that are JSON objects stay JSON text."""
+    if not value.startswith("["):
+        return [json.dumps(json.loads(value))] if value.startswith("{") else [item.strip() for item in value.split(",")]
+    return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(value)]
+
+
+def _detail(error: Exception) -> str:
+    return error.message if isinstance(error, argparse.ArgumentError) else str(error)
+
+
+def _expected(action: argparse.Action) -> str:
+    if action.nargs == 0:
+        return "true or false"
+    if action.choices:
+        return f"one of {', '.join(map(str, action.choices))}"
+    name = getattr(action.type, "__name__", "text")
+    described = {"int": "a whole number", "float": "a number", "str": "text", "loads": "JSON"}
+    return described.get(name, name.strip("_").replace("_", " ").removesuffix(" or auto"))

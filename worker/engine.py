@@ -1,0 +1,183 @@
+"""The one module that knows vLLM: the engine in this process, as an ASGI app.
+
+`load()` runs before any event loop, so that the platform hears of a worker only once the model is there. `attach()`
+runs in the loop that serves, once. Checked against vLLM 0.32.0; tests/test_drift.py names what this module leans on.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from starlette.applications import Starlette
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import (
+    BaseFrontendArgs,
+    FrontendArgs,
+    make_arg_parser,
+    propagate_flash_late_interaction,
+    validate_parsed_serve_args,
+)
+from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.logger import configure_logging_from_args
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.system_utils import set_ulimit
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from worker import config
+from worker.asgi import App, Request, exchange
+from worker.errors import ConfigurationError, StartupError
+
+log = logging.getLogger(__name__)
+
+SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
+"""Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""
+
+MAX_CONCURRENCY = 512
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, but a mistake is an exception and not the end of the process."""
+
+    def error(self, message: str) -> NoReturn:
+        _, _, detail = message.partition(": ")
+        raise argparse.ArgumentError(None, detail if message.startswith("argument ") else message)
+
+
+class _Liveness:
+    """What vLLM's error handlers take for their server: they set `should_exit` when the engine is dead."""
+
+    should_exit = False
+
+
+def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model: Path) -> argparse.Namespace:
+    """Return vLLM's arguments as the environment means them, for the snapshot in `model`.
+
+    Raises:
+        ConfigurationError: a value is refused by vLLM's parser or its checks.
+    """
+    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    arguments = config.engine_arguments(environ, settings, parser, SERVER_FLAGS)
+    try:
+        args = parser.parse_args([f"--model={model}", *arguments])
+        args.served_model_name = args.served_model_name or [settings.model_name]
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        validate_api_server_args(args)
+    except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(str(error.args[-1])) from error
+    return args  # type: ignore[no-any-return]
+
+
+class Engine:
+    """A loaded model and, once attached, vLLM's API over it."""
+
+    def __init__(self, client: AsyncLLM, args: argparse.Namespace) -> None:
+        self.client = client
+        self.args = args
+        self._app: App | None = None
+        self._liveness = _Liveness()
+        self._attaching = asyncio.Lock()
+        self._lifespan: asyncio.Task[None] | None = None
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> "Engine":
+        """Load the model: minutes for a large one. Call it outside of any event loop.
+
+        Raises:
+            ConfigurationError: vLLM refuses the combination of model and settings.
+            StartupError: the engine did not start.
+        """
+        set_ulimit()
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        propagate_flash_late_interaction(args, engine_args)
+        try:
+            vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except (ValueError, TypeError, OSError, NotImplementedError) as error:
+            raise ConfigurationError(_sentence(error)) from error
+        try:
+            client = AsyncLLM.from_vllm_config(
+                vllm_config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=args.enable_log_requests,
+                disable_log_stats=args.disable_log_stats,
+                aggregate_engine_logging=args.aggregate_engine_logging,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise StartupError(f"The engine did not start: {_sentence(error)}") from error
+        return cls(client, args)
+
+    @property
+    def concurrency(self) -> int:
+        """Jobs to take at once: twice what the engine runs, so that it always has a next one waiting."""
+        return min(2 * self.client.vllm_config.scheduler_config.max_num_seqs, MAX_CONCURRENCY)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine can answer no more."""
+        return self._liveness.should_exit or self.client.errored
+
+    async def attach(self) -> App:
+        """Return vLLM's API as an ASGI app, built at the first call, in the loop that serves."""
+        async with self._attaching:
+            if self._app is None:
+                self._app = await self._build_app()
+                await self._warm_up(self._app)
+            return self._app
+
+    async def _build_app(self) -> App:
+        await self.client.reset_mm_cache()
+        tasks = await self.client.get_supported_tasks()
+        app = build_app(self.args, tasks, self.client.model_config)
+        app.state.server = self._liveness
+        try:
+            await init_app_state(self.client, app.state, self.args, tasks)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ConfigurationError(_sentence(error)) from error
+        entered = asyncio.Event()
+        self._lifespan = asyncio.create_task(_live(app, entered))
+        await entered.wait()
+        return app
+
+    async def _warm_up(self, app: App) -> None:
+        """Generate once through the whole path, so that the first job meets nothing for the first time."""
+        body = {"prompt": "Hello", "max_tokens": 2, "temperature": 0}
+        request = Request("POST", "/v1/completions", headers={"content-type": "application/json"}, body=_json(body))
+        async with exchange(app, request) as response:
+            answer = await response.read_all()
+        if response.status not in (200, 404):
+            raise StartupError(f"The first generation failed: {answer.decode(errors='replace')[:1000]}")
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self.client.shutdown(timeout=0)
+
+
+async def _live(app: Starlette, entered: asyncio.Event) -> None:
+    """Stay within the app's lifespan, which logs the engine's statistics, until the loop ends and cancels this."""
+    async with app.router.lifespan_context(app):
+        entered.set()
+        await asyncio.Event().wait()
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    return json.dumps(body).encode()
+
+
+def _sentence(error: Exception) -> str:
+    """Return an exception's message on one line, pydantic's list of errors included."""
+    if callable(errors := getattr(error, "errors", None)):
+        return "; ".join(str(one["msg"]) for one in errors())
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,79 @@
+"""Everything that may go wrong in words that a caller or an operator can act on."""
+
+from typing import Any, ClassVar
+
+Json = dict[str, Any]
+
+
+class WorkerError(Exception):
+    """Base of all errors whose message is meant to be read outside the worker's own log."""
+
+
+class StartupError(WorkerError):
+    """The worker cannot start; `exit_code` 1 says that another try may succeed."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigurationError(StartupError):
+    """A setting is wrong: no other try succeeds until somebody changes it."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class JobError(WorkerError):
+    """A job failed. The fields are those of OpenAI's error object, as vLLM fills them."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "InternalServerError"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def error(self) -> Json:
+        """Return OpenAI's error object: `message`, `type`, `param`, `code`."""
+        return {"message": str(self), "type": self.type, "param": self.param, "code": self.status}
+
+    def body(self) -> Json:
+        """Return the body of an HTTP answer with this error."""
+        return {"error": self.error()}
+
+
+class InvalidRequestError(JobError):
+    """The job's input fits no accepted shape."""
+
+    status = 400
+    type = "BadRequestError"
+
+
+class RouteNotFoundError(JobError):
+    """The job asks for a route that the worker does not offer."""
+
+    status = 404
+    type = "NotFoundError"
+
+
+class InternalError(JobError):
+    """Something unforeseen; the cause is in the log under the request's id, never in the answer."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"The worker failed while it handled request {request_id}. Its log has the cause.")
+
+
+class EngineResponseError(JobError):
+    """The engine answered with an error, whose own body goes to clients that read bodies."""
+
+    def __init__(self, status: int, body: Json) -> None:
+        self._error = body["error"]
+        super().__init__(str(self._error.get("message")), param=self._error.get("param"))
+        self._status = status
+        self._body = body
+
+    def error(self) -> Json:
+        """Return the engine's error object, with the fields that Anthropic's lacks."""
+        return {**super().error(), "code": self._status, **self._error}
+
+    def body(self) -> Json:
+        """Return the engine's body unchanged."""
+        return self._body

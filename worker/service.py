@@ -1,0 +1,144 @@
+"""One job from its input to its last yield: parse → call the engine → frame → yield."""
+
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from worker import jobs, sse
+from worker.asgi import App, Request, Response, exchange
+from worker.errors import EngineResponseError, InternalError, JobError, Json
+
+Job = dict[str, Any]
+Output = str | Json | list[Any]
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """Answers jobs through an engine's ASGI app, which `attach` gives once the event loop runs."""
+
+    def __init__(self, attach: Callable[[], Awaitable[App]], control_routes: bool = False) -> None:
+        self._attach = attach
+        self._control_routes = control_routes
+
+    async def handler(self, job: Job) -> AsyncGenerator[Output, None]:
+        """Yield a job's output; RunPod's generator handler.
+
+        Not streaming: one value, the engine's body. Streaming: SSE text for `openai_route`, else lists of chunk
+        objects. The last yield of a job that failed is `{"error": JSON text}`, by which the SDK marks it FAILED;
+        where the caller reads SSE text it is an error event, since the stream is all that RunPod's proxy relays.
+        """
+        request_id = str(job.get("id"))
+        form = jobs.stream_form(job.get("input"))
+        started = time.monotonic()
+        outcome = "cancelled"
+        try:
+            async with aclosing(self._answer(job.get("input"), request_id)) as outputs:
+                async for output in outputs:
+                    yield output
+            outcome = "ok"
+        except JobError as error:
+            outcome = f"failed, {error.error()['code']} {error.error()['type']}"
+            for output in _failure(error, form):
+                yield output
+        except Exception:
+            outcome = "failed"
+            log.exception("Job %s failed", request_id)
+            for output in _failure(InternalError(request_id), form):
+                yield output
+        finally:
+            log.info("Job %s %s after %.3f s", request_id, outcome, time.monotonic() - started)
+
+    async def _answer(self, job_input: object, request_id: str) -> AsyncGenerator[Output, None]:
+        call = jobs.parse(job_input, self._control_routes)
+        framed = _text if jobs.stream_form(job_input) == "sse" else _chunks
+        async with exchange(await self._attach(), _request(call, request_id)) as response:
+            if response.status >= 400:
+                raise _error(response.status, await response.read_all())
+            if not response.is_event_stream:
+                yield _value(response, await response.read_all())
+                return
+            async for batch in _batches(response):
+                if output := framed(batch):
+                    yield output
+
+
+async def _batches(response: Response) -> AsyncIterator[list[bytes]]:
+    """Yield the stream's events: all that have come since the last yield, in one batch."""
+    splitter = sse.EventSplitter()
+    while data := await response.read():
+        for batch in sse.batches(splitter.feed(data)):
+            yield batch
+    for batch in sse.batches(splitter.flush()):
+        yield batch
+
+
+def _text(batch: list[bytes]) -> str:
+    return b"".join(batch).decode()
+
+
+def _chunks(batch: list[bytes]) -> list[Any]:
+    """Return the batch's chunk objects.
+
+    Raises:
+        EngineResponseError: one of them is the engine's error.
+    """
+    chunks = [chunk for event in batch if (chunk := sse.payload(event)) is not None]
+    for chunk in chunks:
+        if error := _engine_error(200, chunk):
+            raise error
+    return chunks
+
+
+def _request(call: jobs.ApiCall, request_id: str) -> Request:
+    headers = {"x-request-id": request_id}
+    if call.body is None:
+        return Request(call.method, call.path, call.query, headers)
+    body = json.dumps(call.body, ensure_ascii=False).encode()
+    return Request(call.method, call.path, call.query, headers | {"content-type": "application/json"}, body)
+
+
+def _value(response: Response, body: bytes) -> Output:
+    """Return a body as what it is: JSON, text such as the metrics, or, when it is empty, its status.
+
+    Raises:
+        EngineResponseError: the engine tells an error with status 200, as `/v1/responses` does.
+    """
+    if not body:
+        return {"status": response.status}
+    if not response.headers.get("content-type", "").startswith("application/json"):
+        return body.decode()
+    value: Output = json.loads(body)
+    if error := _engine_error(response.status, value):
+        raise error
+    return value
+
+
+def _engine_error(status: int, value: object) -> EngineResponseError | None:
+    """Return the error that a body or a chunk tells, if it does; the status within it counts when HTTP's was 200."""
+    if not isinstance(value, dict) or not isinstance(value.get("error"), dict):
+        return None
+    return EngineResponseError(status if status >= 400 else value["error"].get("code", 500), value)
+
+
+def _error(status: int, body: bytes) -> JobError:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        value = None
+    told = body.decode(errors="replace") or f"The engine answered with HTTP status {status}."
+    return _engine_error(status, value) or EngineResponseError(status, {"error": {"message": told}})
+
+
+def _failure(error: JobError, form: jobs.StreamForm | None) -> list[Output]:
+    """Return the last yields of a job that failed."""
+    if form == "sse":
+        body = error.body()
+        # Anthropic's clients tell an error by the event's name, OpenAI's by its data.
+        name = "error" if body.get("type") == "error" else None
+        return [(sse.event(body, name) + sse.DONE).decode()]
+    failed: Json = {"error": json.dumps(error.error(), ensure_ascii=False)}
+    return [[error.body()], failed] if form == "objects" else [failed]

@@ -1,0 +1,65 @@
+"""Server-sent events as bytes: split at event borders, gathered into batches, read. Pure: no I/O, no clock.
+
+A batch holds whole events only, so a border between batches can cut neither an event nor a UTF-8 character.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+MAX_BATCH_BYTES = 900_000
+"""RunPod takes at most 1 MB in one yield; the rest is room for JSON escapes and the envelope."""
+
+DONE = b"data: [DONE]\n\n"
+
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n")
+
+
+class EventSplitter:
+    """Cuts a byte stream, arriving in pieces of any size, into whole events with their closing blank line."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the events that `data` completes."""
+        buffer = self._rest + data
+        events, start = [], 0
+        for end in _EVENT_END.finditer(buffer):
+            events.append(buffer[start : end.end()])
+            start = end.end()
+        self._rest = buffer[start:]
+        return events
+
+    def flush(self) -> list[bytes]:
+        """Return what is left when the stream has ended: an event without its blank line, or nothing."""
+        rest, self._rest = self._rest, b""
+        return [rest] if rest else []
+
+
+def batches(events: Iterable[bytes], limit: int = MAX_BATCH_BYTES) -> Iterator[list[bytes]]:
+    """Group events, in order, into lists of at most `limit` bytes; a larger event stands alone."""
+    batch: list[bytes] = []
+    size = 0
+    for event in events:
+        if batch and size + len(event) > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(event)
+        size += len(event)
+    if batch:
+        yield batch
+
+
+def payload(event: bytes) -> Any | None:
+    """Return the JSON of an event's data lines; None for a comment, `[DONE]` or an event without data."""
+    lines = [line[5:].lstrip(b" ") for line in event.splitlines() if line.startswith(b"data:")]
+    data = b"\n".join(lines)
+    return None if data in (b"", b"[DONE]") else json.loads(data)
+
+
+def event(value: Any, name: str | None = None) -> bytes:
+    """Return one event, named or not, whose data is `value` as JSON."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
