@@ -5,7 +5,6 @@ is the client's disconnect, by which Starlette and vLLM end what they were doing
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 DISCONNECT_SECONDS = 1.0
-"""How long an app may take to notice that its client is gone before its task is cancelled outright."""
-
-log = logging.getLogger(__name__)
+"""How long an app may take to notice by itself that its client is gone."""
 
 
 class IncompleteResponseError(Exception):
@@ -48,7 +45,7 @@ class Request:
             "raw_path": self.path.encode(),
             "query_string": self.query.encode(),
             "root_path": "",
-            "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.headers.items()],
+            "headers": [(name.encode("latin-1"), value.encode()) for name, value in self.headers.items()],
             "client": ("127.0.0.1", 0),
             "server": ("127.0.0.1", 80),
             "state": {},
@@ -64,6 +61,7 @@ class Response:
         self._request_body: bytes | None = request.body
         self._buffer = bytearray()
         self._complete = False
+        self._failure: BaseException | None = None
         self._readable = asyncio.Event()
         self._started = asyncio.Event()
         self._ended = asyncio.Event()
@@ -94,13 +92,20 @@ class Response:
         if not self._ended.is_set():
             self._readable.clear()
         if not data and not self._complete:
-            raise IncompleteResponseError("the app ended before its response")
+            raise IncompleteResponseError("the app ended before its response") from self._failure
         return data
 
     async def read_all(self) -> bytes:
-        """Return the whole body."""
+        """Return the whole body.
+
+        Raises:
+            IncompleteResponseError: the app ended before its response.
+        """
         await self._ended.wait()
-        return await self.read()
+        body = await self.read()
+        if not self._complete:
+            await self.read()
+        return body
 
     # The app's side.
 
@@ -113,9 +118,9 @@ class Response:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Take a message from the app; a client that is gone is an `OSError`, as from a socket."""
+        """Take a message from the app; drop it when the client is gone, as uvicorn does."""
         if self._gone.is_set():
-            raise OSError("the client is gone")
+            return
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = {
@@ -135,13 +140,16 @@ class Response:
         self._ended.set()
         self._readable.set()
 
-    async def opened(self, task: asyncio.Task[None]) -> None:
+    def app_ended(self, task: asyncio.Future[None]) -> None:
+        """Note that no more will come. What a complete response's app raised afterwards has been answered by it."""
+        self._failure = None if task.cancelled() else task.exception()
+        self._end()
+
+    async def opened(self) -> None:
         """Wait for the status; an app that ended without one is an error."""
-        task.add_done_callback(lambda _: self._end())
         await self._started.wait()
         if not self.status:
-            cause = None if task.cancelled() else task.exception()
-            raise IncompleteResponseError("the app gave no response") from cause
+            raise IncompleteResponseError("the app gave no response") from self._failure
 
     def disconnect(self) -> None:
         """Be gone, from the app's point of view."""
@@ -149,28 +157,24 @@ class Response:
 
 
 @asynccontextmanager
-async def exchange(app: App, request: Request) -> AsyncIterator[Response]:
+async def exchange(app: App, request: Request, grace: float = DISCONNECT_SECONDS) -> AsyncIterator[Response]:
     """Send `request` to `app`; at the end of the block the app has stopped working on it.
+
+    An app that does not stop by itself within `grace` seconds is cancelled.
 
     Raises:
         IncompleteResponseError: the app ended without a response.
     """
     response = Response(request)
-    task = asyncio.create_task(_run(app, request, response))
+    task = asyncio.ensure_future(app(request.scope(), response.receive, response.send))
+    task.add_done_callback(response.app_ended)
     try:
-        await response.opened(task)
+        await response.opened()
         yield response
     finally:
         response.disconnect()
         if not task.done():
-            await asyncio.wait({task}, timeout=DISCONNECT_SECONDS)
+            await asyncio.wait({task}, timeout=grace)
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
-
-
-async def _run(app: App, request: Request, response: Response) -> None:
-    try:
-        await app(request.scope(), response.receive, response.send)
-    except OSError as error:
-        log.debug("the app stopped: %s", error)

@@ -5,6 +5,7 @@ Every flag of vLLM's own parser is settable as its name in UPPER_SNAKE: `--max-m
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -164,7 +165,7 @@ def _items(value: str) -> list[str]:
 
 
 def _detail(error: Exception) -> str:
-    return error.message if isinstance(error, argparse.ArgumentError) else str(error)
+    return re.sub(r"^argument [^:]*: ", "", str(error))
 
 
 def _expected(action: argparse.Action) -> str:

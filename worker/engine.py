@@ -24,6 +24,7 @@ from vllm.entrypoints.launchers.cli_args import (
     validate_parsed_serve_args,
 )
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.exceptions import VLLMError
 from vllm.logger import configure_logging_from_args
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
@@ -48,8 +49,7 @@ class _Parser(FlexibleArgumentParser):
     """vLLM's parser, but a mistake is an exception and not the end of the process."""
 
     def error(self, message: str) -> NoReturn:
-        _, _, detail = message.partition(": ")
-        raise argparse.ArgumentError(None, detail if message.startswith("argument ") else message)
+        raise argparse.ArgumentError(None, message)
 
 
 class _Liveness:
@@ -67,7 +67,7 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
     arguments = config.engine_arguments(environ, settings, parser, SERVER_FLAGS)
     try:
-        args = parser.parse_args([f"--model={model}", *arguments])
+        args: argparse.Namespace = parser.parse_args([f"--model={model}", *arguments])
         args.served_model_name = args.served_model_name or [settings.model_name]
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
@@ -76,9 +76,16 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
-    except (argparse.ArgumentError, ValueError, TypeError, KeyError) as error:
-        raise ConfigurationError(str(error.args[-1])) from error
-    return args  # type: ignore[no-any-return]
+    except (argparse.ArgumentError, VLLMError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(_sentence(error)) from error
+    # vLLM itself looks at this one only after the model has been loaded.
+    reasoning_parsers = ReasoningParserManager.list_registered()
+    if args.reasoning_parser and args.reasoning_parser not in reasoning_parsers:
+        choice = ", ".join(reasoning_parsers)
+        raise ConfigurationError(
+            f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {choice}"
+        )
+    return args
 
 
 class Engine:
@@ -105,7 +112,7 @@ class Engine:
         propagate_flash_late_interaction(args, engine_args)
         try:
             vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        except (VLLMError, ValueError, TypeError, OSError, NotImplementedError) as error:
             raise ConfigurationError(_sentence(error)) from error
         try:
             client = AsyncLLM.from_vllm_config(
@@ -115,7 +122,7 @@ class Engine:
                 disable_log_stats=args.disable_log_stats,
                 aggregate_engine_logging=args.aggregate_engine_logging,
             )
-        except (ValueError, RuntimeError, OSError) as error:
+        except (VLLMError, ValueError, RuntimeError, OSError) as error:
             raise StartupError(f"The engine did not start: {_sentence(error)}") from error
         return cls(client, args)
 
@@ -144,7 +151,7 @@ class Engine:
         app.state.server = self._liveness
         try:
             await init_app_state(self.client, app.state, self.args, tasks)
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (VLLMError, ValueError, TypeError, KeyError, OSError) as error:
             raise ConfigurationError(_sentence(error)) from error
         entered = asyncio.Event()
         self._lifespan = asyncio.create_task(_live(app, entered))
@@ -180,4 +187,5 @@ def _sentence(error: Exception) -> str:
     """Return an exception's message on one line, pydantic's list of errors included."""
     if callable(errors := getattr(error, "errors", None)):
         return "; ".join(str(one["msg"]) for one in errors())
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split()) or type(error).__name__

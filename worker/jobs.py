@@ -184,7 +184,8 @@ _ACCEPTED = "It must have one of 'messages', 'prompt', 'openai_route' or 'route'
 def _explained(error: ValidationError, shape: type[_Shape]) -> InvalidRequestError:
     """Name the first wrong field without repeating its value, which may be a prompt."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    field, *rest = first["loc"]
+    path = f"{field}{''.join(f'[{part}]' for part in rest if isinstance(part, int))}"
     accepted = ", ".join(f"'{name}'" for name in shape.model_fields)
     what = f"{first['msg']}." if first["type"] != "extra_forbidden" else f"no such field; accepted are {accepted}."
     return InvalidRequestError(f"Wrong field {path!r} in the job's input: {what}", param=path)

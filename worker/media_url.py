@@ -1,7 +1,6 @@
 """What a person types as an image or a video, a URL or bare base64, becomes a URL that the engine takes. Pure."""
 
 import base64
-import binascii
 import re
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -50,6 +49,6 @@ def _media_type(encoded: str) -> str | None:
     """Tell the media type from the first bytes of some base64; None if it is none or of no known format."""
     try:
         head = base64.b64decode(encoded[:32], validate=True)
-    except binascii.Error:
+    except ValueError:
         return None
     return next((name for offset, magic, name in _SIGNATURES if head[offset:].startswith(magic)), None)

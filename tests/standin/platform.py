@@ -1,0 +1,221 @@
+"""The state of one endpoint: its jobs, its queue, the workers that wait for jobs. No HTTP, no polling.
+
+Every method belongs to the event loop that the platform is used in. A job that is submitted while a worker waits for
+one is handed over before `submit` returns.
+"""
+
+import asyncio
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .behaviour import Behaviour
+from .jobs import Job, Json, Status
+from .records import Ping, Records, Take
+from .signals import Mailbox, Signal
+
+
+class UnknownJobError(Exception):
+    """No job has this id."""
+
+
+@dataclass(slots=True, eq=False)
+class _Taker:
+    """A worker's request for jobs that is waiting."""
+
+    take: Take
+    jobs: asyncio.Future[list[Job]]
+
+
+class Platform:
+    """One endpoint."""
+
+    def __init__(self, behaviour: Behaviour | None = None, endpoint: str = "local") -> None:
+        self.behaviour = behaviour or Behaviour()
+        self.endpoint = endpoint
+        self.jobs: dict[str, Job] = {}
+        self.queue: deque[Job] = deque()
+        self.records = Records()
+        self.retried = 0
+        self._takers: deque[_Taker] = deque()
+        self._stops: dict[str, Mailbox[str]] = {}
+        self._changed = Signal()
+
+    @staticmethod
+    def now() -> float:
+        return time.monotonic()
+
+    async def until(self, condition: Callable[["Platform"], bool]) -> None:
+        """Wait until `condition` holds, looking at it again whenever something happens on the platform."""
+        await self._changed.until(lambda: condition(self))
+
+    # ---- What clients do
+
+    def find(self, job_id: str) -> Job:
+        try:
+            return self.jobs[job_id]
+        except KeyError:
+            raise UnknownJobError(job_id) from None
+
+    def submit(self, request: Mapping[str, Json], *, sync: bool = False) -> Job:
+        job = Job(f"{'sync-' if sync else ''}{uuid.uuid4()}-u1", request, created=self.now())
+        self.jobs[job.id] = job
+        self._enqueue(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Cancel the job if it has not ended; the worker that runs it is told to stop."""
+        self._interrupt(job, Status.CANCELLED)
+
+    def retry(self, job: Job) -> None:
+        """Queue a job again that failed or timed out."""
+        if job.status in (Status.FAILED, Status.TIMED_OUT):
+            self.retried += 1
+            job.back_to_queue()
+            self._enqueue(job)
+
+    def purge(self) -> int:
+        """Cancel every job that waits in the queue; returns how many there were."""
+        waiting = [job for job in self.queue if job.status is Status.IN_QUEUE]
+        for job in waiting:
+            self.cancel(job)
+        return len(waiting)
+
+    def health(self) -> dict[str, dict[str, int]]:
+        status = Counter(job.status for job in self.jobs.values())
+        running = {job.worker for job in self.jobs.values() if job.status is Status.IN_PROGRESS}
+        ready = {take.worker for take in self.records.takes}
+        seen = {ping.worker for ping in self.records.pings}
+        return {
+            "jobs": {
+                "completed": status[Status.COMPLETED],
+                "failed": status[Status.FAILED] + status[Status.TIMED_OUT],
+                "inProgress": status[Status.IN_PROGRESS],
+                "inQueue": status[Status.IN_QUEUE],
+                "retried": self.retried,
+            },
+            "workers": {
+                "idle": len(ready - running),
+                "initializing": len(seen - ready),
+                "ready": len(ready),
+                "running": len(running),
+                "throttled": 0,
+                "unhealthy": 0,
+            },
+        }
+
+    # ---- What workers do
+
+    async def take(self, take: Take, *, duplicate: bool = False) -> list[Job]:
+        """Up to `take.batch_size` jobs as soon as there is one, or an empty list when the poll has been held enough.
+
+        With `duplicate`, the jobs are queued once more, as a platform does that delivers at least once.
+        """
+        self.records.takes.append(take)
+        self._changed.fire()
+        taker = _Taker(take, asyncio.get_running_loop().create_future())
+        self._takers.append(taker)
+        self._dispatch()
+        try:
+            # Unlike a timeout around the future, this leaves a batch in place that arrives with the deadline.
+            await asyncio.wait({taker.jobs}, timeout=self.behaviour.take_hold)
+        except asyncio.CancelledError:
+            self._give_back(taker)
+            raise
+        finally:
+            if not taker.jobs.done():
+                self._takers.remove(taker)
+        jobs = taker.jobs.result() if taker.jobs.done() else []
+        if duplicate:
+            self.queue.extend(jobs)
+            self._dispatch()
+        return jobs
+
+    async def stop_signals(self, worker: str) -> list[str]:
+        """The jobs that the worker shall stop, as soon as there is one, or an empty list after a while."""
+        job_ids = await self._stop_box(worker).collect(self.behaviour.stop_hold)
+        self.records.stop_signals.extend(job_ids)
+        return job_ids
+
+    def post_chunk(self, job_id: str, output: Json) -> None:
+        self.records.stream_posts += 1
+        job = self.jobs.get(job_id)
+        if job is None or job.ended:
+            self.records.late_streams.append(job_id)
+            return
+        job.add_chunk(output)
+        self._changed.fire()
+
+    def post_result(self, job_id: str, result: Mapping[str, Json]) -> None:
+        self.records.done_posts += 1
+        self.records.refreshes += bool(result.get("stopPod"))
+        job = self.jobs.get(job_id)
+        if job is None or job.ended:
+            self.records.duplicate_dones.append(job_id)
+            self._changed.fire()
+            return
+        error = result.get("error")
+        self._end(job, Status.FAILED if error else Status.COMPLETED, result.get("output"), error)
+
+    def ping(self, ping: Ping) -> None:
+        self.records.pings.append(ping)
+        self._changed.fire()
+
+    # ---- How jobs move
+
+    def _enqueue(self, job: Job) -> None:
+        lifetime = job.policy_seconds("ttl")
+        if lifetime is not None:
+            self._set_deadline(job, lifetime)
+        self.queue.append(job)
+        self._dispatch()
+        self._changed.fire()
+
+    def _dispatch(self) -> None:
+        while self.queue and self._takers:
+            taker = self._takers.popleft()
+            count = min(len(self.queue), taker.take.batch_size)
+            taker.jobs.set_result([self._start(self.queue.popleft(), taker.take.worker) for _ in range(count)])
+
+    def _start(self, job: Job, worker: str) -> Job:
+        # A duplicate delivery leaves the state of the job alone.
+        if job.status is Status.IN_QUEUE:
+            job.begin(worker, self.now())
+            limit = job.policy_seconds("executionTimeout")
+            self._set_deadline(job, self.behaviour.execution_timeout if limit is None else limit)
+        return job
+
+    def _give_back(self, taker: _Taker) -> None:
+        """Queue the jobs again that were assigned to a worker in the moment in which it went away."""
+        if not taker.jobs.done():
+            return
+        for job in reversed(taker.jobs.result()):
+            job.back_to_queue()
+            self.queue.appendleft(job)
+        self._dispatch()
+
+    def _set_deadline(self, job: Job, seconds: float) -> None:
+        if job.timer is not None:
+            job.timer.cancel()
+        job.timer = asyncio.get_running_loop().call_later(seconds, self._interrupt, job, Status.TIMED_OUT)
+
+    def _interrupt(self, job: Job, status: Status) -> None:
+        if job.ended:
+            return
+        if job.status is Status.IN_QUEUE:
+            self.queue.remove(job)
+        elif job.worker is not None:
+            self._stop_box(job.worker).put(job.id)
+        self._end(job, status)
+
+    def _end(self, job: Job, status: Status, output: Json = None, error: Json = None) -> None:
+        if job.timer is not None:
+            job.timer.cancel()
+            job.timer = None
+        job.end(status, self.now(), output, error)
+        self._changed.fire()
+
+    def _stop_box(self, worker: str) -> Mailbox[str]:
+        return self._stops.setdefault(worker, Mailbox())

@@ -1,0 +1,63 @@
+"""The routes that a worker calls."""
+
+from .platform import Platform
+from .records import Ping, Take
+from .wire import Plain, RefusedError, Reply, Request, json_reply
+
+ACCEPTED = Plain(200, b"{}")
+
+
+async def take_one(platform: Platform, request: Request) -> Reply:
+    return await _take(platform, request, batch=False)
+
+
+async def take_batch(platform: Platform, request: Request) -> Reply:
+    return await _take(platform, request, batch=True)
+
+
+async def _take(platform: Platform, request: Request, *, batch: bool) -> Reply:
+    query = request.query
+    take = Take(
+        worker=request.path,
+        batch_size=int(query.get("batch_size", "1")) if batch else 1,
+        job_in_progress=query.get("job_in_progress") == "1",
+        at=platform.now(),
+    )
+    jobs = await request.unless_gone(platform.take(take, duplicate=request.fault.duplicate))
+    if not jobs:
+        return Plain(platform.behaviour.no_job_status)
+    payloads = [job.for_worker(drop_empty_input=platform.behaviour.drop_empty_input) for job in jobs]
+    return json_reply(payloads if batch else payloads[0])
+
+
+async def stop(platform: Platform, request: Request) -> Reply:
+    job_ids = await request.unless_gone(platform.stop_signals(request.path))
+    return json_reply({"jobsToStop": job_ids}) if job_ids else Plain(204)
+
+
+async def stream(platform: Platform, request: Request) -> Reply:
+    job_id = _job_id(request)
+    try:
+        chunk = await request.json(limit=platform.behaviour.stream_post_limit)
+    except RefusedError as refused:
+        if refused.status == 413:
+            platform.records.oversized_posts.append(job_id)
+        raise
+    platform.post_chunk(job_id, chunk.get("output"))
+    return ACCEPTED
+
+
+async def done(platform: Platform, request: Request) -> Reply:
+    platform.post_result(_job_id(request), await request.json())
+    return ACCEPTED
+
+
+async def ping(platform: Platform, request: Request) -> Reply:
+    query = request.query
+    job_ids = tuple(filter(None, query.get("job_id", "").split(",")))
+    platform.ping(Ping(request.path, job_ids, query.get("runpod_version", ""), platform.now()))
+    return ACCEPTED
+
+
+def _job_id(request: Request) -> str:
+    return request.path.rpartition("/")[2]

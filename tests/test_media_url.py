@@ -1,0 +1,69 @@
+"""Bare base64 is recognised by its first bytes; a URL passes."""
+
+import base64
+import io
+
+import pytest
+from PIL import Image
+
+from worker import media_url
+
+
+def image(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, kind)
+    return file.getvalue()
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_bare_base64_of_an_image(kind: str) -> None:
+    text = encoded(image(kind))
+    assert media_url.from_text(text, "image") == f"data:image/{kind.lower()};base64,{text}"
+
+
+@pytest.mark.parametrize(
+    ("head", "media_type"),
+    [
+        pytest.param(b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00", "video/mp4", id="mp4"),
+        pytest.param(b"\x00\x00\x00\x14ftypqt  \x00\x00\x02\x00", "video/mp4", id="mov"),
+        pytest.param(b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01", "video/webm", id="webm"),
+        pytest.param(b"RIFF\x00\x00\x00\x00AVI LIST", "video/x-msvideo", id="avi"),
+        pytest.param(b"GIF89a\x08\x00\x08\x00\x80\x00", "image/gif", id="gif"),
+    ],
+)
+def test_bare_base64_of_a_video(head: bytes, media_type: str) -> None:
+    text = encoded(head + bytes(30))
+    assert media_url.from_text(text, "video") == f"data:{media_type};base64,{text}"
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "data:image/png;base64,AAAA", "file:///a.png"])
+def test_a_url_passes(url: str) -> None:
+    assert media_url.from_text(url, "image") == url
+
+
+def test_line_breaks_are_dropped() -> None:
+    text = base64.encodebytes(image("PNG")).decode()
+    assert "\n" not in media_url.from_text(text, "image")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("a cat.png", id="file name"),
+        pytest.param("", id="empty"),
+        pytest.param(encoded(b"hello, I am a text of some length"), id="base64 of text"),
+        pytest.param("é" * 40, id="not ASCII"),
+    ],
+)
+def test_neither_url_nor_base64_of_a_known_format(text: str) -> None:
+    with pytest.raises(ValueError, match="neither a URL"):
+        media_url.from_text(text, "image")
+
+
+def test_a_video_is_no_image() -> None:
+    with pytest.raises(ValueError, match="holds video/mp4, which is no image"):
+        media_url.from_text(encoded(b"\x00\x00\x00\x20ftypisom" + bytes(30)), "image")

@@ -1,0 +1,203 @@
+"""The handler over scripted apps: how each answer of the engine, and each failure, becomes yields."""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from worker import sse
+from worker.asgi import App, Receive, Send
+from worker.errors import Json
+from worker.service import Output, Service
+
+CHAT: Json = {"messages": [{"role": "user", "content": "Hello"}]}
+ERROR = {"error": {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}}
+CHUNKS = [{"choices": [{"delta": {"content": text}}]} for text in ("こん", "にちは", "!")]
+
+
+def answer(body: bytes, status: int = 200, content_type: str = "application/json") -> App:
+    """Return an app that answers everything with `body`."""
+
+    async def app(_scope: Any, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", content_type.encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+def stream(*pieces: bytes, fails: bool = False) -> App:
+    """Return an app that streams `pieces`, one per turn of the loop."""
+
+    async def app(_scope: Any, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0.001)
+        if fails:
+            raise LookupError("the engine's secret")
+        await send({"type": "http.response.body", "body": b""})
+
+    return app
+
+
+def outputs(app: App, job_input: object) -> list[Output]:
+    async def attach() -> App:
+        return app
+
+    async def run() -> list[Output]:
+        return [output async for output in Service(attach).handler({"id": "job-1", "input": job_input})]
+
+    return asyncio.run(run())
+
+
+def openai(**fields: Any) -> Json:
+    return {"openai_route": "/v1/chat/completions", "openai_input": {**CHAT, **fields}}
+
+
+def error_of(output: Output) -> Json:
+    """Return the error object in a yield by which the SDK marks a job FAILED."""
+    assert isinstance(output, dict)
+    assert list(output) == ["error"]
+    value: Json = json.loads(output["error"])
+    return value
+
+
+def test_a_json_body_is_one_yield() -> None:
+    assert outputs(answer(b'{"id": "x", "error": null}'), CHAT) == [{"id": "x", "error": None}]
+
+
+def test_a_text_body_is_one_string() -> None:
+    metrics = answer(b"# HELP a\na 1\n", content_type="text/plain; version=1.0.0")
+    assert outputs(metrics, {"route": "/metrics"}) == ["# HELP a\na 1\n"]
+
+
+def test_an_empty_body_is_its_status() -> None:
+    assert outputs(answer(b"", content_type="text/plain"), {"route": "/health"}) == [{"status": 200}]
+
+
+def test_the_engine_gets_the_body_and_the_jobs_id() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        seen.extend([scope["path"], dict(scope["headers"]), json.loads((await receive())["body"])])
+        await answer(b"{}")(scope, receive, send)
+
+    outputs(app, openai(max_tokens=3))
+    headers = {b"x-request-id": b"job-1", b"content-type": b"application/json"}
+    assert seen == ["/v1/chat/completions", headers, {**CHAT, "max_tokens": 3}]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_sse_text_is_passed_byte_for_byte(size: int) -> None:
+    data = b"".join(map(sse.event, CHUNKS)) + sse.DONE
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
+    texts = outputs(stream(*pieces), openai(stream=True))
+    assert "".join(map(str, texts)).encode() == data
+    assert all(str(text).endswith("\n\n") for text in texts)
+
+
+@pytest.mark.parametrize(
+    "job_input",
+    [
+        pytest.param({**CHAT, "stream": True}, id="messages"),
+        pytest.param({"prompt": "Hello", "stream": True}, id="prompt"),
+        pytest.param({"route": "/v1/chat/completions", "body": {**CHAT, "stream": True}}, id="route"),
+    ],
+)
+def test_other_shapes_stream_lists_of_chunk_objects(job_input: Json) -> None:
+    lists = outputs(stream(*map(sse.event, CHUNKS), sse.DONE), job_input)
+    assert [chunk for chunks in lists for chunk in chunks] == CHUNKS
+    assert all(lists)
+
+
+@pytest.mark.parametrize("job_input", [pytest.param(openai(), id="openai"), pytest.param(CHAT, id="messages")])
+def test_the_engines_error_fails_the_job_whole(job_input: Json) -> None:
+    (output,) = outputs(answer(json.dumps(ERROR).encode(), 400), job_input)
+    assert error_of(output) == ERROR["error"]
+
+
+def test_an_error_within_a_body_of_status_200_fails_the_job() -> None:
+    (output,) = outputs(answer(json.dumps(ERROR).encode()), {"route": "/v1/responses", "body": {}})
+    assert error_of(output) == ERROR["error"]
+
+
+def test_an_error_before_a_stream_is_an_event_for_sse_readers() -> None:
+    (output,) = outputs(answer(json.dumps(ERROR).encode(), 400), openai(stream=True))
+    assert output == (sse.event(ERROR) + sse.DONE).decode()
+
+
+def test_anthropics_error_is_a_named_event_and_is_completed_for_a_failed_job() -> None:
+    error = {"type": "error", "error": {"type": "BadRequestError", "message": "no"}}
+    app = answer(json.dumps(error).encode(), 400)
+    (event,) = outputs(app, {"openai_route": "/v1/messages", "openai_input": {"stream": True}})
+    assert str(event).startswith("event: error\ndata: ")
+    (output,) = outputs(app, {"openai_route": "/v1/messages", "openai_input": {}})
+    assert error_of(output) == {"message": "no", "type": "BadRequestError", "param": None, "code": 400}
+
+
+def test_an_error_in_a_stream_of_objects_is_a_chunk_and_fails_the_job() -> None:
+    *chunks, error, failed = outputs(stream(sse.event(CHUNKS[0]), sse.event(ERROR), sse.DONE), {**CHAT, "stream": True})
+    assert chunks == [[CHUNKS[0]]]
+    assert error == [ERROR]
+    assert error_of(failed) == ERROR["error"]
+
+
+def test_an_error_that_is_no_json_is_told_with_its_status() -> None:
+    (output,) = outputs(answer(b"", 503, "text/plain"), {"route": "/health"})
+    assert error_of(output)["message"] == "The engine answered with HTTP status 503."
+    assert error_of(output)["code"] == 503
+
+
+@pytest.mark.parametrize("job_input", [pytest.param({"text": "x"}, id="no shape"), pytest.param(None, id="null")])
+def test_an_input_that_fits_no_shape_fails_the_job(job_input: object) -> None:
+    (output,) = outputs(answer(b"{}"), job_input)
+    assert error_of(output)["code"] == 400
+
+
+def test_an_unknown_route_is_an_event_for_sse_readers() -> None:
+    (output,) = outputs(answer(b"{}"), {"openai_route": "/v1/nothing", "openai_input": {"stream": True}})
+    assert '"code": 404' in str(output)
+    assert str(output).endswith(sse.DONE.decode())
+
+
+@pytest.mark.parametrize(
+    "job_input", [pytest.param(CHAT, id="not streaming"), pytest.param({**CHAT, "stream": True}, id="streaming")]
+)
+def test_what_is_unforeseen_is_logged_and_not_told(job_input: Json, caplog: pytest.LogCaptureFixture) -> None:
+    *_, output = outputs(stream(b"data: 1\n\n", fails=True), job_input)
+    assert error_of(output) == {
+        "message": "The worker failed while it handled request job-1. Its log has the cause.",
+        "type": "InternalServerError",
+        "param": None,
+        "code": 500,
+    }
+    assert "the engine's secret" in caplog.text
+
+
+def test_cancelling_a_job_ends_its_work_in_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[str] = []
+
+    async def endless(_scope: Any, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        told.extend([(await receive())["type"], (await receive())["type"]])
+
+    async def attach() -> App:
+        return endless
+
+    async def consume() -> None:
+        async for _ in Service(attach).handler({"id": "job-1", "input": openai(stream=True)}):
+            pass
+
+    async def run() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(consume(), 0.02)
+        assert told == ["http.request", "http.disconnect"]
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(run())
+    assert "Job job-1 cancelled" in caplog.text
