@@ -8,9 +8,16 @@ import asyncio
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from worker import config, telemetry, weights
+import uvloop
+
+from worker import config, local, telemetry, weights
 from worker.errors import StartupError
+from worker.service import Job, Service
+
+if TYPE_CHECKING:
+    from worker.engine import Engine
 
 
 def main() -> int:
@@ -35,40 +42,52 @@ def options(argv: list[str]) -> argparse.Namespace:
 
 
 def run(settings: config.Settings, chosen: argparse.Namespace) -> int:
-    """Load the engine, then serve the queue, the SDK's test server, or one local job."""
-    from worker import local
-
-    is_local = chosen.test_input is not None or not (chosen.rp_serve_api or settings.runpod_webhook_get_job)
-    job = local.read_job(chosen.test_input) if is_local else None
+    """Load the engine, then answer one local job, or serve the queue or the SDK's test server."""
+    serves = chosen.rp_serve_api or settings.runpod_webhook_get_job is not None
+    job = local.read_job(chosen.test_input) if chosen.test_input is not None or not serves else None
     snapshot = weights.resolve(settings)
 
     from worker.engine import Engine, parse_arguments
-    from worker.service import Service
 
     engine = Engine.load(parse_arguments(os.environ, settings, snapshot))
-    service = Service(engine.attach, settings.allow_control_routes)
     try:
         if job is not None:
-            result = asyncio.run(local.run(service.handler, job))
-            sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
-            return 0 if result["status"] == "COMPLETED" else 1
-        serve_jobs(service.handler, settings.max_concurrency or engine.concurrency, chosen.rp_serve_api)
+            return answer(Service(engine.attach, settings), job)
+        serve(engine, settings, chosen.rp_serve_api)
         return 0
     finally:
         engine.shutdown()
 
 
-def serve_jobs(handler: object, concurrency: int, test_server: bool) -> None:
+def answer(service: Service, job: Job) -> int:
+    """Run one job and print its result."""
+    result = asyncio.run(local.run(service.handler, job))
+    sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+    return 0 if result["status"] == "COMPLETED" else 1
+
+
+def serve(engine: "Engine", settings: config.Settings, test_server: bool) -> None:
     """Take jobs from RunPod's queue, or from the SDK's test server, until told to stop."""
     import runpod
 
-    if test_server:
-        from worker import devapi
+    from worker import devapi, queue
 
-        devapi.install()
-    runpod.serverless.start(
-        {"handler": handler, "return_aggregate_stream": True, "concurrency_modifier": lambda _current: concurrency}
-    )
+    service = Service(engine.attach, settings)
+    concurrency = settings.max_concurrency or engine.concurrency
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if test_server:
+            devapi.install()
+        elif settings.worker_job_loop == "event":
+            # The loop that serves is the one that attaches: before the first ping and the first request for jobs.
+            runner.run(engine.attach())
+            queue.install(runner)
+        runpod.serverless.start(
+            {
+                "handler": service.handler,
+                "return_aggregate_stream": True,
+                "concurrency_modifier": lambda _current: concurrency,
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from worker import sse
 from worker.asgi import App, Receive, Send
+from worker.config import Settings
 from worker.errors import Json
 from worker.service import Output, Service
 
@@ -49,7 +50,7 @@ def outputs(app: App, job_input: object) -> list[Output]:
         return app
 
     async def run() -> list[Output]:
-        return [output async for output in Service(attach).handler({"id": "job-1", "input": job_input})]
+        return [output async for output in Service(attach, Settings()).handler({"id": "job-1", "input": job_input})]
 
     return asyncio.run(run())
 
@@ -190,7 +191,7 @@ def test_cancelling_a_job_ends_its_work_in_the_engine(caplog: pytest.LogCaptureF
         return endless
 
     async def consume() -> None:
-        async for _ in Service(attach).handler({"id": "job-1", "input": openai(stream=True)}):
+        async for _ in Service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
             pass
 
     async def run() -> None:

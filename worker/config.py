@@ -53,14 +53,20 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_name: str = Field(DEFAULT_MODEL, min_length=1)
+    model_name: str = Field(default=DEFAULT_MODEL, min_length=1)
     """A Hugging Face id or a local folder."""
     model_revision: str | None = None
     """A branch, tag or commit on the Hub."""
-    hf_token: str | None = Field(None, repr=False)
+    hf_token: str | None = Field(default=None, repr=False)
     """For gated and private models."""
-    max_concurrency: int | None = Field(None, ge=1)
+    max_concurrency: int | None = Field(default=None, ge=1)
     """Jobs in flight at once; by default twice the engine's `max_num_seqs`, at most 512."""
+    request_timeout: float | None = Field(default=None, gt=0)
+    """Seconds after which a job is ended with an error; by default the platform's own timeout alone counts."""
+    stream_batch_ms: float = Field(default=25.0, ge=0)
+    """How long a batch of a stream gathers events; four times that late in a long one. 0: as soon as possible."""
+    worker_job_loop: Literal["event", "sdk"] = "event"
+    """Which loop takes jobs from the queue: the worker's own, or the SDK's."""
     allow_control_routes: Boolean = False
     """Whether jobs may call every route of the engine, LoRA loading and profiling included."""
     vllm_extra_args: str = ""

@@ -31,11 +31,15 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import set_ulimit
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from worker import config
 from worker.asgi import App, Request, exchange
 from worker.errors import ConfigurationError, StartupError
+from worker.usage import Usage, metered
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +54,25 @@ class _Parser(FlexibleArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)
+
+
+class _Client(AsyncLLM):
+    """vLLM's client, which also lets the meter of the calling job see each request's state."""
+
+    async def _add_request(
+        self,
+        request: EngineCoreRequest,
+        prompt: str | None,
+        parent_req: ParentRequest | None,
+        index: int,
+        queue: RequestOutputCollector,
+    ) -> None:
+        await super()._add_request(request, prompt, parent_req, index, queue)
+        meter, state = metered.get(), self.output_processor.request_states.get(request.request_id)
+        if meter is not None and state is not None and state.stats is not None:
+            prompt_tokens = 0 if index else state.prompt_len  # The n answers to a prompt share it.
+            stats = state.stats
+            meter.add(lambda: Usage(prompt_tokens, stats.num_generation_tokens))
 
 
 class _Liveness:
@@ -115,7 +138,7 @@ class Engine:
         except (VLLMError, ValueError, TypeError, OSError, NotImplementedError) as error:
             raise ConfigurationError(_sentence(error)) from error
         try:
-            client = AsyncLLM.from_vllm_config(
+            client = _Client.from_vllm_config(
                 vllm_config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 enable_log_requests=args.enable_log_requests,

@@ -54,6 +54,18 @@ class RouteNotFoundError(JobError):
     type = "NotFoundError"
 
 
+class JobTimeoutError(JobError):
+    """The job took longer than the worker is told to allow."""
+
+    status = 504
+    type = "TimeoutError"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"The request was ended after REQUEST_TIMEOUT={seconds:g} s. Ask for fewer tokens, or raise it."
+        )
+
+
 class InternalError(JobError):
     """Something unforeseen; the cause is in the log under the request's id, never in the answer."""
 

@@ -1,16 +1,20 @@
 """One job from its input to its last yield: parse → call the engine → frame → yield."""
 
+import asyncio
 import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
-from typing import Any
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, TypeVar
 
 from worker import jobs, sse
 from worker.asgi import App, Request, Response, exchange
-from worker.errors import EngineResponseError, InternalError, JobError, Json
+from worker.config import Settings
+from worker.errors import EngineResponseError, InternalError, JobError, JobTimeoutError, Json
+from worker.usage import Meter, metered
 
+T = TypeVar("T")
 Job = dict[str, Any]
 Output = str | Json | list[Any]
 
@@ -20,9 +24,9 @@ log = logging.getLogger(__name__)
 class Service:
     """Answers jobs through an engine's ASGI app, which `attach` gives once the event loop runs."""
 
-    def __init__(self, attach: Callable[[], Awaitable[App]], control_routes: bool = False) -> None:
+    def __init__(self, attach: Callable[[], Awaitable[App]], settings: Settings) -> None:
         self._attach = attach
-        self._control_routes = control_routes
+        self._settings = settings
 
     async def handler(self, job: Job) -> AsyncGenerator[Output, None]:
         """Yield a job's output; RunPod's generator handler.
@@ -34,9 +38,10 @@ class Service:
         request_id = str(job.get("id"))
         form = jobs.stream_form(job.get("input"))
         started = time.monotonic()
+        meter = Meter()
         outcome = "cancelled"
         try:
-            async with aclosing(self._answer(job.get("input"), request_id)) as outputs:
+            async with aclosing(self._answer(job.get("input"), request_id, meter)) as outputs:
                 async for output in outputs:
                     yield output
             outcome = "ok"
@@ -50,30 +55,77 @@ class Service:
             for output in _failure(InternalError(request_id), form):
                 yield output
         finally:
-            log.info("Job %s %s after %.3f s", request_id, outcome, time.monotonic() - started)
+            used = meter.read()
+            log.info(
+                "Job %s %s after %.3f s, %d tokens in, %d out",
+                request_id,
+                outcome,
+                time.monotonic() - started,
+                used.prompt_tokens,
+                used.completion_tokens,
+            )
 
-    async def _answer(self, job_input: object, request_id: str) -> AsyncGenerator[Output, None]:
-        call = jobs.parse(job_input, self._control_routes)
+    async def _answer(self, job_input: object, request_id: str, meter: Meter) -> AsyncGenerator[Output, None]:
+        call = jobs.parse(job_input, self._settings.allow_control_routes)
         framed = _text if jobs.stream_form(job_input) == "sse" else _chunks
-        async with exchange(await self._attach(), _request(call, request_id)) as response:
+        limit = _TimeLimit(self._settings.request_timeout)
+        async with AsyncExitStack() as stack:
+            metered.set(meter)
+            opening = exchange(await self._attach(), _request(call, request_id))
+            response = await limit.apply(stack.enter_async_context(opening))
             if response.status >= 400:
                 raise _error(response.status, await response.read_all())
             if not response.is_event_stream:
-                yield _value(response, await response.read_all())
+                yield _value(response, await limit.apply(response.read_all()))
                 return
-            async for batch in _batches(response):
+            async for batch in _batches(response, limit, self._settings.stream_batch_ms / 1000):
                 if output := framed(batch):
                     yield output
 
 
-async def _batches(response: Response) -> AsyncIterator[list[bytes]]:
-    """Yield the stream's events: all that have come since the last yield, in one batch."""
+class _TimeLimit:
+    """Ends what a job waits for when its time is up. It never spans a yield, at which others' code would run."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+
+    async def apply(self, work: Awaitable[T]) -> T:
+        """Return the result of `work`.
+
+        Raises:
+            JobTimeoutError: there is none in time.
+        """
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await work
+        except TimeoutError:
+            if self._seconds is None:
+                raise
+            raise JobTimeoutError(self._seconds) from None
+
+
+async def _batches(response: Response, limit: _TimeLimit, shortest: float) -> AsyncIterator[list[bytes]]:
+    """Yield the stream's events in batches: the first at once, a later one when its window has passed.
+
+    The window counts from when the last batch was given, so that it is over where posting that batch took as long.
+    """
     splitter = sse.EventSplitter()
-    while data := await response.read():
+    first = last = None
+    while data := await limit.apply(response.read(_linger(first, last, shortest))):
+        last = time.monotonic()
+        first = first or last
         for batch in sse.batches(splitter.feed(data)):
             yield batch
     for batch in sse.batches(splitter.flush()):
         yield batch
+
+
+def _linger(first: float | None, last: float | None, shortest: float) -> float:
+    if first is None or last is None:
+        return 0.0
+    now = time.monotonic()
+    return last + sse.window(now - first, shortest) - now
 
 
 def _text(batch: list[bytes]) -> str:

@@ -1,6 +1,7 @@
 """A worker without an engine: its handler does what the job's input says. Run as a script, under the real SDK."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,22 +18,25 @@ class EchoHandler:
 
     async def handle(self, job: dict[str, Any]) -> AsyncIterator[Any]:
         """`count`: yields so many strings; `error`, `raise`: fails; `hang`: until stopped; `stopped`: tells which."""
-        match job["input"]:
+        match job.get("input"):
             case {"openai_route": str(route), **rest}:
                 for part in _openai(route, rest.get("openai_input", "absent")):
                     yield part
             case {"count": int(count)}:
                 for number in range(count):
                     yield f"part {number}"
+            case {"sleep": float(seconds)}:
+                await asyncio.sleep(seconds)
+                yield "slept"
             case {"error": str(message)}:
                 yield {"error": message}
             case {"raise": str(message)}:
                 raise ValueError(message)
             case {"hang": True}:
-                yield "hanging"
                 try:
+                    yield "hanging"
                     await asyncio.Event().wait()
-                except asyncio.CancelledError:
+                except (asyncio.CancelledError, GeneratorExit):
                     self.stopped.append(job["id"])
                     raise
             case {"stopped": True}:
@@ -51,8 +55,14 @@ def _openai(route: str, body: Any) -> list[Any]:
     return [{"route": route, "body": body}]
 
 
-def main() -> None:
+def main(loop: str) -> None:
+    """Run under the SDK's own job loop ("sdk") or under the worker's ("event")."""
     handler = EchoHandler()
+    runner = asyncio.Runner()
+    if loop == "event":
+        from worker import queue
+
+        queue.install(runner)
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(
@@ -65,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:] or ["sdk"])

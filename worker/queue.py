@@ -1,0 +1,187 @@
+"""RunPod's queue, event-driven: jobs are taken while others run, start as they arrive, and end when stopped.
+
+`JobLoop` takes the place of the SDK's `JobScaler`, whose loop polls its own queue every 100 ms, sleeps 1 s when it
+believes it is full, and counts a queued job twice. What it keeps of the SDK's are the URLs, the session, the stop
+signals, and the list of jobs in progress that the ping process reports. tests/test_drift.py says what it leans on.
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import aiohttp
+from runpod.http_client import AsyncClientSession
+from runpod.serverless.modules import rp_http, rp_job, rp_scale
+
+from worker.backoff import Backoff
+from worker.delivery import Delivery
+from worker.service import Job
+
+T = TypeVar("T")
+
+NO_JOB = (204, 400)
+"""400 has been seen with FlashBoot."""
+
+INSTANT_SECONDS = 0.5
+"""An empty answer that comes sooner is no long poll's: asking on at once would be a spin."""
+
+log = logging.getLogger(__name__)
+
+
+def install(runner: asyncio.Runner) -> None:
+    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`."""
+    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner)
+
+
+class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
+    """Takes and runs jobs; `config` is what `runpod.serverless.start` was given."""
+
+    def __init__(self, config: dict[str, Any], runner: asyncio.Runner) -> None:
+        super().__init__(config)
+        self._runner = runner
+        self._slots: int = self.concurrency_modifier(1)
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        """Run until the platform stops the worker."""
+        self._runner.run(self.run())
+
+    async def run(self) -> None:
+        """Take and run jobs until the shutdown signal, then let what runs come to its end."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.handle_shutdown, number, None)
+        async with AsyncClientSession() as session:
+            polls = [
+                asyncio.create_task(self.get_jobs(session)),
+                asyncio.create_task(self.monitor_stop_signals(session)),
+            ]
+            await self._shutdown_event.wait()
+            for poll in polls:
+                poll.cancel()
+            await asyncio.wait(polls)
+            if self.jobs_tasks:
+                await asyncio.wait(self.jobs_tasks.values())
+
+    async def get_jobs(self, session: aiohttp.ClientSession) -> None:
+        """Ask for as many jobs as there are free slots, for as long as the worker lives."""
+        delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL)
+
+        async def take() -> list[Job] | None:
+            free = await self._free_slots()
+            return await _within(self.jobs_fetcher_timeout, _take(session, free))
+
+        async for jobs in _poll("job-take", take):
+            for job in jobs:
+                self._begin(job, delivery)
+
+    async def monitor_stop_signals(self, session: aiohttp.ClientSession) -> None:
+        """Cancel the jobs that the platform names."""
+
+        async def listen() -> list[str] | None:
+            return await _within(self.stop_signals_fetcher_timeout, self.stop_signals_fetcher(session))
+
+        if rp_job._job_stop_url() is None:
+            log.warning("The platform has no job-stop route: cancelled jobs will run to their end")
+            return
+        async for job_ids in _poll("job-stop", listen):
+            for job_id in job_ids:
+                await self.stop_job(job_id)
+
+    async def _free_slots(self) -> int:
+        while (free := self._slots - len(self.jobs_tasks)) <= 0:
+            self._changed.clear()
+            await self._changed.wait()
+        return free
+
+    def _begin(self, job: Job, delivery: Delivery) -> None:
+        if job["id"] in self.jobs_tasks:
+            log.warning("Job %s was given again while it runs; it will be answered once", job["id"])
+            return
+        self.job_progress.add(job["id"])
+        task = asyncio.create_task(self._run(job, delivery))
+        self.jobs_tasks[job["id"]] = task
+        task.add_done_callback(functools.partial(self._ended, job["id"]))
+
+    def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("Job %s was left without an answer", job_id, exc_info=error)
+        del self.jobs_tasks[job_id]
+        self.job_progress.remove(job_id)
+        self._changed.set()
+
+    async def _run(self, job: Job, delivery: Delivery) -> None:
+        """Post a job's yields one by one, then its end; a stopped job ends without a word."""
+        outputs: list[Any] = []
+        result: dict[str, Any] = {"output": outputs}
+        async with aclosing(self.config["handler"](job)) as yields:
+            async for output in yields:
+                if isinstance(output, dict) and output.get("error"):
+                    result = {"error": output["error"]}
+                    break
+                outputs.append(output)
+                await delivery.stream(job["id"], output)
+        if self.config.get("refresh_worker"):
+            result["stopPod"] = True
+            self.kill_worker()
+        await delivery.done(job["id"], result)
+
+
+async def _take(session: aiohttp.ClientSession, most: int) -> list[Job]:
+    """Ask for up to `most` jobs. The SDK's own request loses a job whose empty input the platform has dropped.
+
+    Raises:
+        ValueError: the answer holds no job.
+    """
+    async with session.get(rp_job._job_get_url(most)) as answer:
+        if answer.status in NO_JOB:
+            return []
+        answer.raise_for_status()
+        body = await answer.read()
+    given = json.loads(body) if body else []
+    given = given if isinstance(given, list) else [given]
+    jobs = [job for job in given if isinstance(job, dict) and isinstance(job.get("id"), str)]
+    if len(jobs) < len(given):
+        log.error("The platform gave %d jobs without an id; they cannot be answered", len(given) - len(jobs))
+    if given and not jobs:
+        raise ValueError("no job with an id")
+    return jobs
+
+
+async def _within(seconds: float, poll: Awaitable[list[T] | None]) -> list[T] | None:
+    """Return what a long poll brings; one that goes on for longer has brought nothing."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await poll
+    except TimeoutError:
+        return None
+
+
+async def _poll(name: str, fetch: Callable[[], Awaitable[list[T] | None]]) -> AsyncIterator[list[T]]:
+    """Yield what long polls bring, for ever; after a failure, or an empty answer at once, wait before the next."""
+    backoff = Backoff(first=0.1, most=10.0)
+    while True:
+        asked = time.monotonic()
+        try:
+            found = await fetch()
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            log.warning("%s failed: %s", name, _described(error))
+            await asyncio.sleep(backoff.next())
+            continue
+        if found:
+            backoff.reset()
+            yield found
+        elif time.monotonic() - asked < INSTANT_SECONDS:
+            await asyncio.sleep(backoff.next())
+        else:
+            backoff.reset()
+
+
+def _described(error: Exception) -> str:
+    """Return an error without its URL, which carries the worker's key."""
+    return f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else type(error).__name__
