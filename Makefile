@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check local-endpoint lock model clean
+.PHONY: help setup run test check bench local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -44,6 +44,9 @@ check: setup ## Lint, types, and whether vLLM and the SDK still are what the cod
 
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
 	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
+
+bench: setup ## Compare the worker with vllm serve (BENCH="--rounds 5 --baseline sdk-loop"); takes a while
+	@$(BIN)/python -m bench $(BENCH)
 
 lock: setup ## Compile the requirements anew
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \

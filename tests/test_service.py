@@ -12,6 +12,7 @@ from worker.asgi import App, Receive, Send
 from worker.config import Settings
 from worker.errors import Json
 from worker.service import Output, Service
+from worker.usage import Usage, metered
 
 CHAT: Json = {"messages": [{"role": "user", "content": "Hello"}]}
 ERROR = {"error": {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}}
@@ -45,12 +46,12 @@ def stream(*pieces: bytes, fails: bool = False) -> App:
     return app
 
 
-def outputs(app: App, job_input: object) -> list[Output]:
+def outputs(app: App, job_input: object, settings: Settings = Settings()) -> list[Output]:  # noqa: B008 - frozen
     async def attach() -> App:
         return app
 
     async def run() -> list[Output]:
-        return [output async for output in Service(attach, Settings()).handler({"id": "job-1", "input": job_input})]
+        return [output async for output in Service(attach, settings).handler({"id": "job-1", "input": job_input})]
 
     return asyncio.run(run())
 
@@ -202,3 +203,47 @@ def test_cancelling_a_job_ends_its_work_in_the_engine(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO):
         asyncio.run(run())
     assert "Job job-1 cancelled" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [pytest.param(True, id="streaming"), pytest.param(False, id="not streaming")])
+def test_a_job_that_takes_too_long_is_ended_with_an_error(streaming: bool) -> None:
+    told: list[str] = []
+
+    async def endless(_scope: Any, receive: Receive, send: Send) -> None:
+        if streaming:
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": sse.event(CHUNKS[0]), "more_body": True})
+        told.extend([(await receive())["type"], (await receive())["type"]])
+
+    *_, failed = outputs(endless, {**CHAT, "stream": streaming}, Settings(request_timeout=0.05))
+    assert error_of(failed) == {
+        "message": "The request was ended after REQUEST_TIMEOUT=0.05 s. Ask for fewer tokens, or raise it.",
+        "type": "TimeoutError",
+        "param": None,
+        "code": 504,
+    }
+    assert told == ["http.request", "http.disconnect"]
+
+
+def test_later_events_of_a_stream_are_gathered() -> None:
+    events = [sse.event({"n": number}) for number in range(30)]
+    settings = Settings(stream_batch_ms=10_000)
+    texts = outputs(stream(*events), openai(stream=True), settings)
+    assert "".join(map(str, texts)).encode() == b"".join(events)
+    assert len(texts) == 2
+    assert len(outputs(stream(*events), openai(stream=True), Settings(stream_batch_ms=0))) > 10
+
+
+def test_the_tokens_of_a_job_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        meter = metered.get()
+        assert meter is not None
+        meter.add(lambda: Usage(7, 2))
+        meter.add(lambda: Usage(0, 3))
+        await answer(b"{}")(scope, receive, send)
+
+    with caplog.at_level(logging.INFO):
+        outputs(app, CHAT)
+    assert "Job job-1 ok after" in caplog.text
+    assert "7 tokens in, 5 out" in caplog.text

@@ -43,6 +43,7 @@ ROUTES: Mapping[str, Route] = MappingProxyType(
         "purge-queue": Route(client_api.purge_queue, POST),
         "health": Route(client_api.health, GET),
         "openai": Route(openai),
+        "records": Route(client_api.records, GET),
     }
 )
 

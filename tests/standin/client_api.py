@@ -56,3 +56,16 @@ async def health(platform: Platform, _: Request) -> Reply:
 
 def _summary(job: Job) -> dict[str, str]:
     return {"id": job.id, "status": job.status}
+
+
+async def records(platform: Platform, _: Request) -> Reply:
+    """Not RunPod's: how many results the worker has sent, for benchmarks in another process."""
+    seen = platform.records
+    return json_reply(
+        {
+            "stream_posts": seen.stream_posts,
+            "done_posts": seen.done_posts,
+            "duplicate_dones": len(seen.duplicate_dones),
+            "late_streams": len(seen.late_streams),
+        }
+    )

@@ -1,0 +1,111 @@
+"""An OpenAI client that loads a server with equal chat requests and notes when tokens arrive."""
+
+import asyncio
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from worker.sse import EventSplitter, payload
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many requests, so many at once, each generating exactly `tokens` tokens."""
+
+    concurrency: int
+    requests: int
+    tokens: int
+    stream: bool
+
+    def body(self, number: int) -> dict[str, object]:
+        """Return the request's body; prompts differ so that no answer can be had from another's."""
+        return {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": f"Tell me a story, number {number}"}],
+            "max_tokens": self.tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": self.stream,
+        }
+
+
+@dataclass(slots=True)
+class Timings:
+    """What a client saw; seconds. A `gap` lies between two arrivals of new text in one stream."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    requests: int = 0
+    first_token: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """Return the rates, and the percentiles in milliseconds."""
+        return {
+            "tokens/s": self.tokens / self.seconds,
+            "requests/s": self.requests / self.seconds,
+            **_percentiles("TTFT", self.first_token),
+            **_percentiles("gap", self.gaps),
+        }
+
+
+def _percentiles(name: str, seconds: list[float]) -> dict[str, float]:
+    if len(seconds) < 2:
+        return {f"{name} p50 ms": 1000 * second for second in seconds}
+    cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+    return {f"{name} p50 ms": 1000 * cuts[9], f"{name} p95 ms": 1000 * cuts[18]}
+
+
+async def run(base_url: str, load: Load) -> Timings:
+    """Send all of `load` to the server at `base_url` and return what was seen."""
+    timings = Timings()
+    numbers = iter(range(load.requests))
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
+
+        async def client() -> None:
+            for number in numbers:
+                await _request(session, f"{base_url}/chat/completions", load.body(number), load, timings)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(load.concurrency)))
+        timings.seconds = time.perf_counter() - started
+    timings.tokens = timings.requests * load.tokens
+    return timings
+
+
+async def _request(
+    session: aiohttp.ClientSession, url: str, body: dict[str, object], load: Load, timings: Timings
+) -> None:
+    started = time.perf_counter()
+    async with session.post(url, json=body, headers={"Authorization": "Bearer any"}) as answer:
+        if answer.status != 200:
+            raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
+        if load.stream:
+            await _read_stream(answer.content, started, timings)
+        else:
+            used = (await answer.json())["usage"]["completion_tokens"]
+            if used != load.tokens:
+                raise RuntimeError(f"{used} tokens instead of {load.tokens}")
+    timings.requests += 1
+
+
+async def _read_stream(content: aiohttp.StreamReader, started: float, timings: Timings) -> None:
+    splitter = EventSplitter()
+    last: float | None = None
+    done = False
+    async for data in content.iter_any():
+        events = splitter.feed(data)
+        done = done or any(event == b"data: [DONE]\n\n" for event in events)
+        if not any(b'"content":"' in event and b'"content":""' not in event for event in events):
+            continue
+        now = time.perf_counter()
+        (timings.first_token if last is None else timings.gaps).append(now - (last or started))
+        last = now
+        if "error" in (payload(events[0]) or {}):
+            raise RuntimeError(json.dumps(payload(events[0])))
+    if not done:
+        raise RuntimeError("a stream ended without [DONE]")

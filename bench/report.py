@@ -1,0 +1,70 @@
+"""Medians as a table, as JSON, and as a plot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+FIGURES = [
+    "tokens/s",
+    "requests/s",
+    "TTFT p50 ms",
+    "TTFT p95 ms",
+    "gap p50 ms",
+    "gap p95 ms",
+    "CPU s per 1000 tokens",
+    "memory MB",
+    "POSTs per token",
+]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return a Markdown table; each figure with its ratio to the first server's."""
+    names = list(result["cells"][0])
+    lines = [f"| at once | way | figure | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
+    for cell in result["cells"]:
+        first = cell[names[0]]
+        way = "streaming" if first["stream"] else "whole"
+        for figure in FIGURES:
+            if figure in first:
+                values = " | ".join(_value(cell[name][figure], first[figure]) for name in names)
+                lines.append(f"| {first['concurrency']:.0f} | {way} | {figure} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: float, reference: float) -> str:
+    return f"{value:.4g} ({value / reference:.2f})" if reference else f"{value:.3g}"
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write `path`.json, .md and .svg."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(_page(result))
+    _plot(result["cells"], path.with_suffix(".svg"))
+
+
+def _page(result: dict[str, Any]) -> str:
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    return (
+        f"Medians over the rounds of one run of `{result['command']}`, alternating ({machine}). In brackets the ratio "
+        f"to `vllm serve`. CPU and memory are those of the processes that neither run the model nor stand in for "
+        f"RunPod; a gap lies between two arrivals of new text.\n\n{table(result)}"
+    )
+
+
+def _plot(cells: list[dict[str, dict[str, float]]], path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axis, name, stream in zip(axes, ("tokens/s", "tokens/s", "TTFT p95 ms"), (True, False, True), strict=True):
+        for server in cells[0]:
+            points = [cell[server] for cell in cells if bool(cell[server]["stream"]) is stream]
+            axis.plot([point["concurrency"] for point in points], [point[name] for point in points], "o-", label=server)
+        title = f"{name}, {'' if stream else 'not '}streaming"
+        axis.set(xscale="log", yscale="log", xlabel="requests at once", title=title)
+        axis.grid(visible=True, which="both", alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, metadata={"Date": None})
