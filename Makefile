@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check bench local-endpoint lock model clean
+.PHONY: help setup run test check bench endurance local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -47,6 +47,9 @@ local-endpoint: setup ## Serve the embedded model behind a local stand-in for Ru
 
 bench: setup ## Compare the worker with vllm serve (BENCH="--rounds 5 --baseline sdk-loop"); takes a while
 	@$(BIN)/python -m bench $(BENCH)
+
+endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
+	@$(BIN)/python -m bench.endurance
 
 lock: setup ## Compile the requirements anew
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \

@@ -27,6 +27,11 @@ class Server:
     base_url: str
     front: list[psutil.Process]
 
+    @property
+    def endpoint_url(self) -> str:
+        """Where the platform's stand-in takes jobs."""
+        return self.base_url.removesuffix("/openai/v1")
+
     def cpu_seconds(self) -> float:
         """Return the CPU time that the front has used so far."""
         return sum(sum(process.cpu_times()[:2]) for process in self.front)
@@ -39,7 +44,7 @@ class Server:
         """Return how many results its platform has been sent; 0 where there is no platform."""
         if "/v2/" not in self.base_url:
             return 0
-        records = requests.get(f"{self.base_url.removesuffix('/openai/v1')}/records", timeout=10).json()
+        records = requests.get(f"{self.endpoint_url}/records", timeout=10).json()
         return int(records["stream_posts"] + records["done_posts"])
 
 

@@ -135,8 +135,8 @@ def test_the_sdks_test_server_is_what_devapi_replaces_parts_of() -> None:
 def test_the_sdks_job_loop_is_the_one_that_is_replaced(function: Callable[..., Any], known: str) -> None:
     found = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
     assert found == known, (
-        f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, carry over to "
-        f"worker/queue.py and worker/delivery.py what they should do as well, and put {found!r} into REPLACED_IN_SDK."
+        f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, carry over "
+        f"to worker/queue.py and worker/delivery.py what they should do as well, and put {found!r} there."
     )
 
 

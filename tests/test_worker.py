@@ -2,7 +2,10 @@
 
 import base64
 import json
+import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +20,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from tests import media
 from tests.conftest import Endpoint
 from tests.media import COLOURS, image_url
+from tests.standin import Status
 
 MODEL = "tiny"
 GREETING = "Hello! How can I help you?"
@@ -348,6 +352,92 @@ def test_openais_client_raises_the_error_of_a_stream(client: openai.OpenAI) -> N
         ask(client, user("Hello"), stream=True, model="gpt-9")
 
 
+# ---- Cancellation frees the engine
+
+ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+
+
+def engine_is_idle(endpoint: Endpoint) -> bool:
+    """Ask the engine's own gauge, after a short job that makes it look."""
+    output(endpoint, {"prompt": "Hello", "max_tokens": 1})
+    (line,) = re.findall(
+        r"^vllm:num_requests_running\{.*\} (.*)$", output(endpoint, {"route": "/metrics"}), re.MULTILINE
+    )
+    return float(line) == 0
+
+
+def log_of(endpoint: Endpoint, job_id: str) -> str:
+    """Return the worker's last word on a job."""
+    for _ in range(100):
+        if lines := re.findall(rf"^.*Job {job_id} .*$", endpoint.log.read_text(), re.MULTILINE):
+            return str(lines[-1])
+        time.sleep(0.05)
+    pytest.fail(f"the worker said nothing of {job_id}")
+
+
+def cancelled_tokens(endpoint: Endpoint, job_id: str) -> int:
+    """Return how many tokens a cancelled job was still given."""
+    found = re.search(r"cancelled after .* (\d+) out", log_of(endpoint, job_id))
+    assert found
+    return int(found[1])
+
+
+def test_a_cancelled_job_frees_the_engine(endpoint: Endpoint, sdk: runpod.Endpoint) -> None:
+    job = sdk.run({"input": ENDLESS})
+    endpoint.server.wait_until(lambda platform: platform.jobs[job.job_id].chunks)
+    job.cancel()
+    assert 0 < cancelled_tokens(endpoint, job.job_id) < 1900
+    assert engine_is_idle(endpoint)
+
+
+def test_a_whole_answer_that_is_cancelled_frees_the_engine(endpoint: Endpoint, sdk: runpod.Endpoint) -> None:
+    job = sdk.run({"input": {**ENDLESS, "stream": False}})
+    endpoint.server.wait_until(lambda platform: platform.jobs[job.job_id].taken)
+    time.sleep(0.2)
+    job.cancel()
+    assert cancelled_tokens(endpoint, job.job_id) < 1900
+    assert engine_is_idle(endpoint)
+
+
+def test_a_client_that_leaves_its_stream_frees_the_engine(endpoint: Endpoint, client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model=MODEL, prompt="Once", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+    )
+    job_id = next(iter(stream)).id.removeprefix("cmpl-")
+    stream.close()
+    assert cancelled_tokens(endpoint, job_id) < 1900
+    assert engine_is_idle(endpoint)
+
+
+def test_a_job_cancelled_while_its_image_is_fetched_leaves_the_link(endpoint: Endpoint, sdk: runpod.Endpoint) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/slow.png"
+        job = sdk.run({"input": {"prompt": "?", "image": url}})
+        connection, _ = server.accept()
+        with connection:
+            connection.settimeout(20)
+            assert connection.recv(4096)
+            job.cancel()
+            assert "cancelled" in log_of(endpoint, job.job_id)
+            assert connection.recv(4096) == b""
+
+
+def test_the_tokens_of_a_stream_are_known_though_its_client_did_not_ask(endpoint: Endpoint) -> None:
+    result = run_sync(endpoint, {"messages": user("Hello"), "stream": True})
+    whole = output(endpoint, {"messages": user("Hello")})["usage"]
+    expected = f"{whole['prompt_tokens']} tokens in, {whole['completion_tokens']} out"
+    assert log_of(endpoint, result["id"]).endswith(expected)
+    assert not any("usage" in chunk for chunks in result["output"] for chunk in chunks)
+
+
+def test_n_answers_share_their_prompt(endpoint: Endpoint) -> None:
+    result = run_sync(endpoint, {"messages": user("Hello"), "n": 3, "temperature": 0.1})
+    usage = result["output"][0]["usage"]
+    expected = f"{usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out"
+    assert log_of(endpoint, result["id"]).endswith(expected)
+
+
 # ---- What the log says
 
 
@@ -362,6 +452,8 @@ def test_the_log_holds_no_prompt_and_no_traceback(endpoint: Endpoint) -> None:
 
 
 def test_no_result_was_posted_twice_or_late(endpoint: Endpoint) -> None:
-    records = endpoint.server.platform.records
-    assert (records.duplicate_dones, records.late_streams, records.oversized_posts) == ([], [], [])
-    assert any(take.batch_size > 1 for take in records.takes)
+    platform = endpoint.server.platform
+    cancelled = {job.id for job in platform.jobs.values() if job.status is Status.CANCELLED}
+    assert cancelled >= set(platform.records.late_streams)
+    assert (platform.records.duplicate_dones, platform.records.oversized_posts) == ([], [])
+    assert any(take.batch_size > 1 for take in platform.records.takes)

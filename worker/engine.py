@@ -6,12 +6,15 @@ runs in the loop that serves, once. Checked against vLLM 0.32.0; tests/test_drif
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from PIL import Image
 from starlette.applications import Starlette
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -38,7 +41,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from worker import config
 from worker.asgi import App, Request, exchange
-from worker.errors import ConfigurationError, StartupError
+from worker.errors import ConfigurationError, Json, StartupError
 from worker.usage import Usage, metered
 
 log = logging.getLogger(__name__)
@@ -182,13 +185,27 @@ class Engine:
         return app
 
     async def _warm_up(self, app: App) -> None:
-        """Generate once through the whole path, so that the first job meets nothing for the first time."""
-        body = {"prompt": "Hello", "max_tokens": 2, "temperature": 0}
-        request = Request("POST", "/v1/completions", headers={"content-type": "application/json"}, body=_json(body))
-        async with exchange(app, request) as response:
-            answer = await response.read_all()
-        if response.status not in (200, 404):
-            raise StartupError(f"The first generation failed: {answer.decode(errors='replace')[:1000]}")
+        """Generate through the whole path, from text and from an image, so that no job meets it for the first time.
+
+        Raises:
+            StartupError: the engine fails.
+        """
+        calls: list[tuple[str, Json]] = [("/v1/completions", {"prompt": "Hello"})]
+        if self._takes_images():
+            calls.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": [_image_part()]}]}))
+        for path, body in calls:
+            request = Request("POST", path, "", {"content-type": "application/json"}, _json({**body, "max_tokens": 2}))
+            async with exchange(app, request) as response:
+                answer = await response.read_all()
+            if response.status >= 500:
+                raise StartupError(f"The first generation failed: {answer.decode(errors='replace')[:1000]}")
+            if response.status >= 400:
+                # A model that does not generate, or has no chat template, is none the worse for it.
+                log.info("No warm-up through %s: HTTP %d", path, response.status)
+
+    def _takes_images(self) -> bool:
+        processor = self.client.renderer.mm_processor
+        return processor is not None and processor.info.allowed_mm_limits.get("image", 0) > 0
 
     def shutdown(self) -> None:
         """End the engine's processes."""
@@ -202,7 +219,14 @@ async def _live(app: Starlette, entered: asyncio.Event) -> None:
         await asyncio.Event().wait()
 
 
-def _json(body: dict[str, Any]) -> bytes:
+def _image_part() -> Json:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _json(body: Json) -> bytes:
     return json.dumps(body).encode()
 
 

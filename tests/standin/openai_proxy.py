@@ -5,6 +5,7 @@ A worker has no say in the status: what it yields is a 200, and a job that faile
 
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 
 from .behaviour import Behaviour
 from .jobs import Job, Json, Status
@@ -16,7 +17,7 @@ async def openai(platform: Platform, request: Request) -> Reply:
     job_input = await _job_input(platform.behaviour, request)
     job = platform.submit({"input": job_input})
     if platform.behaviour.proxy_cancels:
-        request.when_gone(lambda: platform.cancel(job))
+        request.when_gone(partial(_client_left, platform, job))
     body = job_input.get("openai_input")
     streaming = isinstance(body, dict) and body.get("stream") is True
     await job.changed.until(lambda: job.ended or (streaming and bool(job.chunks)))
@@ -35,6 +36,12 @@ async def _job_input(behaviour: Behaviour, request: Request) -> dict[str, Json]:
     elif behaviour.get_input != "absent":
         job_input["openai_input"] = None if behaviour.get_input == "null" else {}
     return job_input
+
+
+def _client_left(platform: Platform, job: Job) -> None:
+    """Cancel the job, unless all has been told and the worker has merely yet to post the end."""
+    if not job.chunks or not _text(job.chunks[-1]).endswith("data: [DONE]\n\n"):
+        platform.cancel(job)
 
 
 async def _relayed(job: Job) -> AsyncIterator[bytes]:
