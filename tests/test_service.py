@@ -141,8 +141,11 @@ def test_anthropics_error_is_a_named_event_and_is_completed_for_a_failed_job() -
     assert error_of(output) == {"message": "no", "type": "BadRequestError", "param": None, "code": 400}
 
 
-def test_an_error_in_a_stream_of_objects_is_a_chunk_and_fails_the_job() -> None:
-    *chunks, error, failed = outputs(stream(sse.event(CHUNKS[0]), sse.event(ERROR), sse.DONE), {**CHAT, "stream": True})
+@pytest.mark.parametrize("together", [pytest.param(True, id="in one batch"), pytest.param(False, id="in two")])
+def test_an_error_in_a_stream_of_objects_is_a_chunk_and_fails_the_job(together: bool) -> None:
+    events = [sse.event(CHUNKS[0]), sse.event(ERROR), sse.DONE]
+    app = stream(b"".join(events)) if together else stream(*events)
+    *chunks, error, failed = outputs(app, {**CHAT, "stream": True})
     assert chunks == [[CHUNKS[0]]]
     assert error == [ERROR]
     assert error_of(failed) == ERROR["error"]

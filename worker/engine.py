@@ -7,12 +7,13 @@ runs in the loop that serves, once. Checked against vLLM 0.32.0; tests/test_drif
 import argparse
 import asyncio
 import base64
+import functools
 import io
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from PIL import Image
 from starlette.applications import Starlette
@@ -34,15 +35,14 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import set_ulimit
-from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
-from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import RequestStateStats
 
 from worker import config
 from worker.asgi import App, Request, exchange
 from worker.errors import ConfigurationError, Json, StartupError
-from worker.usage import Usage, metered
+from worker.usage import Meter, Usage, metered
 
 log = logging.getLogger(__name__)
 
@@ -62,20 +62,22 @@ class _Parser(FlexibleArgumentParser):
 class _Client(AsyncLLM):
     """vLLM's client, which also lets the meter of the calling job see each request's state."""
 
-    async def _add_request(
-        self,
-        request: EngineCoreRequest,
-        prompt: str | None,
-        parent_req: ParentRequest | None,
-        index: int,
-        queue: RequestOutputCollector,
-    ) -> None:
-        await super()._add_request(request, prompt, parent_req, index, queue)
-        meter, state = metered.get(), self.output_processor.request_states.get(request.request_id)
-        if meter is not None and state is not None and state.stats is not None:
-            prompt_tokens = 0 if index else state.prompt_len  # The n answers to a prompt share it.
-            stats = state.stats
-            meter.add(lambda: Usage(prompt_tokens, stats.num_generation_tokens))
+    async def add_request(self, *args: Any, **kwargs: Any) -> RequestOutputCollector:
+        queue = await super().add_request(*args, **kwargs)
+        if (meter := metered.get()) is not None:
+            self._count(queue.request_id, meter)
+        return queue
+
+    def _count(self, request_id: str, meter: Meter) -> None:
+        """Have `meter` count a request, or the n of them that answer one prompt."""
+        parent = self.output_processor.parent_requests.get(request_id)
+        for index, one in enumerate(parent.child_requests if parent else [request_id]):
+            if (state := self.output_processor.request_states.get(one)) and (stats := state.stats):
+                meter.add(functools.partial(_usage, 0 if index else state.prompt_len, stats))
+
+
+def _usage(prompt_tokens: int, stats: RequestStateStats) -> Usage:
+    return Usage(prompt_tokens, stats.num_generation_tokens)
 
 
 class _Liveness:

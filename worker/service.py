@@ -67,7 +67,7 @@ class Service:
 
     async def _answer(self, job_input: object, request_id: str, meter: Meter) -> AsyncGenerator[Output, None]:
         call = jobs.parse(job_input, self._settings.allow_control_routes)
-        framed = _text if jobs.stream_form(job_input) == "sse" else _chunks
+        as_text = jobs.stream_form(job_input) == "sse"
         limit = _TimeLimit(self._settings.request_timeout)
         async with AsyncExitStack() as stack:
             metered.set(meter)
@@ -79,8 +79,14 @@ class Service:
                 yield _value(response, await limit.apply(response.read_all()))
                 return
             async for batch in _batches(response, limit, self._settings.stream_batch_ms / 1000):
-                if output := framed(batch):
-                    yield output
+                if as_text:
+                    yield b"".join(batch).decode()
+                    continue
+                chunks, error = _chunks(batch)
+                if chunks:
+                    yield chunks
+                if error:
+                    raise error
 
 
 class _TimeLimit:
@@ -128,21 +134,16 @@ def _linger(first: float | None, last: float | None, shortest: float) -> float:
     return last + sse.window(now - first, shortest) - now
 
 
-def _text(batch: list[bytes]) -> str:
-    return b"".join(batch).decode()
-
-
-def _chunks(batch: list[bytes]) -> list[Any]:
-    """Return the batch's chunk objects.
-
-    Raises:
-        EngineResponseError: one of them is the engine's error.
-    """
-    chunks = [chunk for event in batch if (chunk := sse.payload(event)) is not None]
-    for chunk in chunks:
+def _chunks(batch: list[bytes]) -> tuple[list[Any], EngineResponseError | None]:
+    """Return the batch's chunk objects up to the engine's error, and that error, if there is one."""
+    chunks: list[Any] = []
+    for event in batch:
+        if (chunk := sse.payload(event)) is None:
+            continue
         if error := _engine_error(200, chunk):
-            raise error
-    return chunks
+            return chunks, error
+        chunks.append(chunk)
+    return chunks, None
 
 
 def _request(call: jobs.ApiCall, request_id: str) -> Request:

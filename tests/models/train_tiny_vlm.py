@@ -8,6 +8,7 @@ so that a test can prove which pixels, prompts and tools arrived. On one machine
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
+    Qwen2VLModel,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
@@ -77,25 +80,26 @@ PIECES = (
 )
 PAD = re.compile(r"<\|(image|video)_pad\|>")
 TEMPLATE = r"""
-{%- macro render(content) -%}
-    {%- if content is string -%}
-        {{- content -}}
-    {%- else -%}
-        {%- for part in content or [] -%}
-            {%- if part.type in ("image", "image_url") -%}
-                {{- "<|vision_start|><|image_pad|><|vision_end|>" -}}
-            {%- elif part.type in ("video", "video_url") -%}
-                {{- "<|vision_start|><|video_pad|><|vision_end|>" -}}
-            {%- elif part.type == "text" -%}
-                {{- part.text -}}
-            {%- endif -%}
-        {%- endfor -%}
+{%- macro shown(part) -%}
+    {%- if part.type in ("image", "image_url") -%}
+        {{- "<|vision_start|><|image_pad|><|vision_end|>" -}}
+    {%- elif part.type in ("video", "video_url") -%}
+        {{- "<|vision_start|><|video_pad|><|vision_end|>" -}}
+    {%- elif part.type == "text" -%}
+        {{- part.text -}}
     {%- endif -%}
 {%- endmacro -%}
 {%- if tools -%}
     {{- "<|im_start|>system\n" -}}
     {%- if messages[0].role == "system" -%}
-        {{- render(messages[0].content) + "\n\n" -}}
+        {%- if messages[0].content is string -%}
+            {{- messages[0].content -}}
+        {%- else -%}
+            {%- for part in messages[0].content -%}
+                {{- shown(part) -}}
+            {%- endfor -%}
+        {%- endif -%}
+        {{- "\n\n" -}}
     {%- endif -%}
     {{- "# Tools\n\nYou may call these functions:\n<tools>" -}}
     {%- for tool in tools -%}
@@ -105,25 +109,31 @@ TEMPLATE = r"""
     {{- '{"name": <function-name>, "arguments": <args-json-object>}' + "\n</tool_call><|im_end|>\n" -}}
 {%- endif -%}
 {%- for message in messages -%}
-    {%- if message.role == "tool" -%}
-        {%- if loop.first or loop.previtem.role != "tool" -%}
+    {%- if not (tools and loop.first and message.role == "system") -%}
+        {%- if message.role != "tool" -%}
+            {{- "<|im_start|>" + message.role + "\n" -}}
+        {%- elif loop.first or loop.previtem.role != "tool" -%}
             {{- "<|im_start|>user" -}}
         {%- endif -%}
-        {{- "\n<tool_response>\n" + render(message.content) + "\n</tool_response>" -}}
-        {%- if loop.last or loop.nextitem.role != "tool" -%}
-            {{- "<|im_end|>\n" -}}
+        {{- "\n<tool_response>\n" if message.role == "tool" -}}
+        {%- if message.content is string -%}
+            {{- message.content.split("</think>\n\n")[-1] -}}
+        {%- else -%}
+            {%- for part in message.content or [] -%}
+                {{- shown(part) -}}
+            {%- endfor -%}
         {%- endif -%}
-    {%- elif not (tools and loop.first and message.role == "system") -%}
-        {%- set text = render(message.content) -%}
-        {{- "<|im_start|>" + message.role + "\n" + text.split("</think>\n\n")[-1] -}}
+        {{- "\n</tool_response>" if message.role == "tool" -}}
         {%- for call in message.tool_calls or [] -%}
             {%- set function = call.function or call -%}
             {%- set arguments = function.arguments -%}
-            {{- "\n" if text or not loop.first -}}
+            {{- "\n" if message.content or not loop.first -}}
             {{- '<tool_call>\n{"name": "' + function.name + '", "arguments": ' -}}
             {{- (arguments if arguments is string else arguments | tojson) + "}\n</tool_call>" -}}
         {%- endfor -%}
-        {{- "<|im_end|>\n" -}}
+        {%- if message.role != "tool" or loop.last or loop.nextitem.role != "tool" -%}
+            {{- "<|im_end|>\n" -}}
+        {%- endif -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -280,18 +290,54 @@ class Encoder:
         return Encoded(tokens, torch.tensor(labels), self.positions(tokens, pixels), pixels)
 
     def positions(self, ids: Tensor, pixels: list[tuple[Media, Tensor, Tensor]]) -> Tensor:
-        """The plain position of each token, and the three of the rotary embedding."""
+        """Return the plain position of each token, and the three of the rotary embedding."""
         config = self.model.config
-        types = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-        grids = [
-            torch.cat([torch.zeros(0, 3, dtype=torch.long), *found])
-            for found in (
-                [grid for media, _, grid in pixels if media.picture],
-                [grid for media, _, grid in pixels if not media.picture],
-            )
-        ]
-        places, _ = self.model.model.get_rope_index(ids[None], types[None], *grids)
-        return torch.cat([torch.arange(len(ids))[None], places[:, 0]])
+        kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+        pictures = [grid[0] for media, _, grid in pixels if media.picture]
+        videos = [grid[0] for media, _, grid in pixels if not media.picture]
+        places = row_positions(kinds.tolist(), {1: iter(pictures), 2: iter(videos)})
+        return torch.cat([torch.arange(len(ids))[None], places])
+
+
+def row_positions(kinds: list[int], grids: dict[int, Iterator[Tensor]]) -> Tensor:
+    """Return the rotary positions, of shape (3, tokens), of text (type 0), pictures (1) and videos (2)."""
+    parts: list[Tensor] = []
+    start = 0
+    for kind, group in itertools.groupby(kinds):
+        if kind:
+            count, height, width = next(grids[kind]).tolist()
+            sizes = (count, height // MERGE, width // MERGE)
+            places = torch.cartesian_prod(*map(torch.arange, sizes)).T
+        else:
+            places = torch.arange(len(list(group))).expand(3, -1)
+        parts.append(places + start)
+        start = int(parts[-1].max()) + 1
+    return torch.cat(parts, 1)
+
+
+def rope_index(
+    _: Qwen2VLModel,
+    input_ids: Tensor,
+    mm_token_type_ids: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **_unused: object,
+) -> tuple[Tensor, Tensor]:
+    """Count positions as vLLM and Qwen2-VL's paper do: what follows a video starts after its last frame.
+
+    Takes the place of the model's own method, which in transformers 5.19 starts it after the first.
+    """
+    grids = {1: iter([] if image_grid_thw is None else image_grid_thw)}
+    grids[2] = iter([] if video_grid_thw is None else video_grid_thw)
+    positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+    deltas = []
+    for row, kinds in enumerate(mm_token_type_ids):
+        present = torch.ones_like(kinds).bool() if attention_mask is None else attention_mask[row].bool()
+        found = row_positions(kinds[present].tolist(), grids)
+        positions[:, row, present] = found
+        deltas.append(int(found.max()) + 1 - int(present.sum()))
+    return positions, torch.tensor(deltas)[:, None]
 
 
 def collate(rows: list[list[Encoded]]) -> tuple[dict[str, Tensor], Tensor]:
@@ -413,6 +459,7 @@ def generate(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor
 def check(folder: Path) -> dict[str, float]:
     """The share of right answers for each kind, over unseen samples, of the model as it was saved."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+    model.model.get_rope_index = types.MethodType(rope_index, model.model)
     processor = Qwen2VLProcessor.from_pretrained(folder)
     author = Author(random.Random(SEED + 3))
     shares = {}
