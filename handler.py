@@ -52,16 +52,17 @@ def run(settings: config.Settings, chosen: argparse.Namespace) -> int:
     engine = Engine.load(parse_arguments(os.environ, settings, snapshot))
     try:
         if job is not None:
-            return answer(Service(engine.attach, settings), job)
+            return asyncio.run(answer(engine, Service(engine.attach, settings), job))
         serve(engine, settings, chosen.rp_serve_api)
         return 0
     finally:
         engine.shutdown()
 
 
-def answer(service: Service, job: Job) -> int:
+async def answer(engine: "Engine", service: Service, job: Job) -> int:
     """Run one job and print its result."""
-    result = asyncio.run(local.run(service.handler, job))
+    await engine.attach()
+    result = await local.run(service.handler, job)
     sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     return 0 if result["status"] == "COMPLETED" else 1
 
@@ -80,7 +81,7 @@ def serve(engine: "Engine", settings: config.Settings, test_server: bool) -> Non
         elif settings.worker_job_loop == "event":
             # The loop that serves is the one that attaches: before the first ping and the first request for jobs.
             runner.run(engine.attach())
-            queue.install(runner)
+            queue.install(runner, engine.died)
         runpod.serverless.start(
             {
                 "handler": service.handler,

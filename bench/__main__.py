@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     """Measure, print the table, write the numbers and the plot."""
     options = _parse(arguments)
     cells = [
-        Load(concurrency, max(options.requests, 4 * concurrency), options.tokens, stream)
+        Load(concurrency, max(options.requests, 3 * concurrency), options.tokens, stream)
         for concurrency in options.concurrency
         for stream in (True, False)
     ]
@@ -46,7 +46,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--requests", type=int, default=32, help="in each cell; at least four per client")
+    parser.add_argument("--requests", type=int, default=32, help="in each cell; at least three per client")
     parser.add_argument("--tokens", type=int, default=128, help="of each answer")
     parser.add_argument("--baseline", choices=["sdk-loop"], help="measure the worker under the SDK's own loop, too")
     parser.add_argument("--out", default=str(ROOT / "docs/benchmarks/streaming"), help="FILE.json, .md and .svg")

@@ -37,8 +37,8 @@ class Server:
         return sum(sum(process.cpu_times()[:2]) for process in self.front)
 
     def memory_mb(self) -> float:
-        """Return the resident memory of the front."""
-        return sum(process.memory_info().rss for process in self.front) / 1e6
+        """Return the memory of the front; what a forked process shares with its parent counts once."""
+        return sum(process.memory_full_info().pss for process in self.front) / 1e6
 
     def posts(self) -> int:
         """Return how many results its platform has been sent; 0 where there is no platform."""

@@ -108,6 +108,17 @@ def test_a_list_that_is_no_json_is_a_mistake() -> None:
         parsed({"SERVED_MODEL_NAME": "[a, b"})
 
 
+def test_extra_arguments_that_no_shell_would_read_are_a_mistake() -> None:
+    with pytest.raises(ConfigurationError, match=r"VLLM_EXTRA_ARGS=.*No closing quotation"):
+        parsed({"VLLM_EXTRA_ARGS": "--dtype 'half"})
+
+
+@pytest.mark.parametrize("variable", ["MODEL_REVISION", "REVISION"])
+def test_the_revision_goes_to_the_download_and_not_to_the_engine(variable: str) -> None:
+    assert config.load({variable: "v1"}).model_revision == "v1"
+    assert parsed({variable: "v1"}) == {}
+
+
 def test_the_workers_own_settings() -> None:
     settings = config.load({"MODEL_NAME": "org/model", "MAX_CONCURRENCY": "30", "ALLOW_CONTROL_ROUTES": "on"})
     assert (settings.model_name, settings.max_concurrency, settings.allow_control_routes) == ("org/model", 30, True)

@@ -15,7 +15,7 @@ MP4 = base64.b64encode(b"\x00\x00\x00\x20ftypisom" + bytes(40)).decode()
 
 
 def chat(**fields: Any) -> ApiCall:
-    return ApiCall("POST", "/v1/chat/completions", "", {"stream": False, **fields})
+    return ApiCall("POST", "/v1/chat/completions", "", fields)
 
 
 def user(*content: Any) -> list[Any]:
@@ -66,7 +66,7 @@ def text_part(text: str) -> dict[str, Any]:
         ),
         pytest.param(
             {"route": "/v1/responses/resp_1/cancel", "method": "POST"},
-            ApiCall("POST", "/v1/responses/resp_1/cancel", "", None),
+            ApiCall("POST", "/v1/responses/resp_1/cancel", "", {}),
             id="route with a method",
         ),
         pytest.param({"messages": MESSAGES}, chat(messages=MESSAGES), id="messages"),
@@ -82,12 +82,12 @@ def text_part(text: str) -> dict[str, Any]:
         ),
         pytest.param(
             {"prompt": "Once", "sampling_params": {"max_tokens": 5}},
-            ApiCall("POST", "/v1/completions", "", {"prompt": "Once", "max_tokens": 5, "stream": False}),
+            ApiCall("POST", "/v1/completions", "", {"prompt": "Once", "max_tokens": 5}),
             id="prompt",
         ),
         pytest.param(
             {"prompt": [1, 2, 3]},
-            ApiCall("POST", "/v1/completions", "", {"prompt": [1, 2, 3], "stream": False}),
+            ApiCall("POST", "/v1/completions", "", {"prompt": [1, 2, 3]}),
             id="prompt of token ids",
         ),
         pytest.param(
@@ -118,6 +118,11 @@ def text_part(text: str) -> dict[str, Any]:
             id="images and videos",
         ),
         pytest.param(
+            {"prompt": "Hello", "apply_chat_template": True, "images": None, "sampling_params": None, "stream": None},
+            chat(messages=[{"role": "user", "content": "Hello"}], stream=None),
+            id="nulls",
+        ),
+        pytest.param(
             {"prompt": "?", "video": "http://example.org/a.mp4", "max_tokens": 9},
             chat(messages=user(video_part("http://example.org/a.mp4"), text_part("?")), max_tokens=9),
             id="video",
@@ -139,7 +144,6 @@ def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
         pytest.param({"messages": "Hello"}, "Wrong field 'messages'", "messages", id="messages as text"),
         pytest.param({"messages": ["Hello"]}, "Wrong field 'messages[0]'", "messages[0]", id="message as text"),
         pytest.param({"prompt": 7}, "Wrong field 'prompt'", "prompt", id="prompt as number"),
-        pytest.param({"prompt": "a", "stream": "yes"}, "Wrong field 'stream'", "stream", id="stream as text"),
         pytest.param(
             {"prompt": "a", "sampling_params": [1]}, "Wrong field 'sampling_params'", "sampling_params", id="params"
         ),
@@ -211,6 +215,11 @@ def test_control_routes_can_be_switched_on() -> None:
         pytest.param({"route": "/v1/x", "body": {"stream": True}}, "objects", id="route"),
         pytest.param({"messages": 7, "stream": True}, "objects", id="messages, also wrong ones"),
         pytest.param({"prompt": "a"}, None, id="prompt"),
+        pytest.param({"prompt": "a", "sampling_params": {"stream": True}}, "objects", id="sampling_params"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": "true"}}, "sse", id="text that means true"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": 1}}, "sse", id="number that means true"),
+        pytest.param({"prompt": "a", "stream": None}, None, id="null"),
+        pytest.param({"prompt": "a", "stream": "perhaps"}, None, id="neither"),
         pytest.param("text", None, id="no object"),
     ],
 )

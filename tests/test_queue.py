@@ -197,3 +197,16 @@ def test_a_stopped_worker_ends_what_runs_and_takes_nothing_more(number: signal.S
         assert job.status is Status.COMPLETED
         late = httpx.post(f"{server.endpoint_url}/run", json={"input": {"count": 1}}).json()
         assert server.platform.jobs[late["id"]].status is Status.IN_QUEUE
+
+
+def test_a_worker_whose_engine_has_died_answers_what_it_has_and_leaves() -> None:
+    with running_worker(Behaviour()) as (server, worker):
+        running, job = submit(server, {"sleep": 0.3}), submit(server, {"die": True})
+        assert worker.wait(timeout=20) == 1
+        assert finished(server, running, job) == [Status.COMPLETED, Status.FAILED]
+
+
+def test_jobs_that_are_nested_too_deeply_are_survived() -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000
+    with running_worker(Behaviour(faults={"take": [Fault(status=200, body=deep)]})) as (server, _):
+        assert finished(server, submit(server, {"count": 1})) == [Status.COMPLETED]

@@ -15,7 +15,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-DISCONNECT_SECONDS = 1.0
+DISCONNECT_SECONDS = 0.1
 """How long an app may take to notice by itself that its client is gone."""
 
 
@@ -173,8 +173,9 @@ async def exchange(app: App, request: Request, grace: float = DISCONNECT_SECONDS
         yield response
     finally:
         response.disconnect()
-        if not task.done():
+        try:
             await asyncio.wait({task}, timeout=grace)
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})

@@ -10,14 +10,13 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from worker.errors import ConfigurationError
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 
 ALIASES = {
-    "MODEL_REVISION": "revision",
     "TOKENIZER_NAME": "tokenizer",
     "CUSTOM_CHAT_TEMPLATE": "chat_template",
     "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "served_model_name",
@@ -27,7 +26,18 @@ ALIASES = {
 """Names of the existing worker images for flags of vLLM."""
 
 NOT_FROM_ENVIRONMENT = frozenset(
-    {"help", "model", "model_tag", "config", "headless", "grpc", "api_server_count", "hf_token"}
+    {
+        "help",
+        "model",
+        "model_tag",
+        "config",
+        "headless",
+        "grpc",
+        "api_server_count",
+        "hf_token",
+        "revision",
+        "download_dir",
+    }
 )
 """Flags that are the worker's own business, or, like the token, read by their library without passing through here."""
 
@@ -55,11 +65,13 @@ class Settings(BaseModel):
 
     model_name: str = Field(default=DEFAULT_MODEL, min_length=1)
     """A Hugging Face id or a local folder."""
-    model_revision: str | None = None
+    model_revision: str | None = Field(default=None, validation_alias=AliasChoices("model_revision", "revision"))
     """A branch, tag or commit on the Hub."""
+    download_dir: str | None = None
+    """Where the Hub's snapshots are kept; by default where `HF_HOME` says."""
     hf_token: str | None = Field(default=None, repr=False)
     """For gated and private models."""
-    max_concurrency: int | None = Field(default=None, ge=1)
+    max_concurrency: int | None = Field(default=None, ge=1, le=512)
     """Jobs in flight at once; by default twice the engine's `max_num_seqs`, at most 512."""
     request_timeout: float | None = Field(default=None, gt=0)
     """Seconds after which a job is ended with an error; by default the platform's own timeout alone counts."""
@@ -104,7 +116,7 @@ def load(environ: Mapping[str, str]) -> Settings:
     """
     values = {name.lower(): value for name, value in environ.items() if value.strip()}
     try:
-        return Settings.model_validate({name: values[name] for name in Settings.model_fields if name in values})
+        return Settings.model_validate(values)
     except ValidationError as error:
         lines = [f"{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}" for one in error.errors()]
         raise ConfigurationError("\n".join(lines)) from None
@@ -130,9 +142,13 @@ def engine_arguments(
             mistakes.append(f"{variable}={value!r}: {_detail(error)}; expected {_expected(action)}")
         else:
             arguments += flags
+    try:
+        extra = shlex.split(settings.vllm_extra_args)
+    except ValueError as error:
+        mistakes.append(f"VLLM_EXTRA_ARGS={settings.vllm_extra_args!r}: {error}; expected flags as in a shell")
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
-    return [*arguments, *shlex.split(settings.vllm_extra_args)]
+    return arguments + extra
 
 
 def _settable(parser: argparse.ArgumentParser, excluded: frozenset[str]) -> Iterable[tuple[str, argparse.Action]]:

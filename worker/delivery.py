@@ -1,5 +1,7 @@
 """Posts what a job yields, and its end, to the platform: in order, tried again when the platform does not answer.
 
+A result whose answer is lost with its connection is posted again, so the platform may see it twice.
+
 The SDK's own posting gives up after three 5xx and at once after a 429 or a refused connection, and it tells the job's
 id in a header that all jobs of the worker share.
 """
@@ -41,7 +43,7 @@ class Delivery:
 
     async def _post(self, url: str, job_id: str, value: dict[str, Any]) -> None:
         """Post until the platform takes it, refuses it for good, or the deadline has passed."""
-        body = json.dumps(value, ensure_ascii=False).encode()
+        body = json.dumps(value, ensure_ascii=False).encode(errors="replace")
         headers = {**HEADERS, "X-Request-ID": job_id}
         backoff = Backoff(first=0.2, most=10.0)
         try:
@@ -57,11 +59,12 @@ class Delivery:
         timeout = aiohttp.ClientTimeout(total=ATTEMPT_SECONDS)
         try:
             async with self.session.post(url, data=body, headers=headers, timeout=timeout) as answer:
-                await answer.read()
+                if answer.status < 400:
+                    # Taken. A connection that breaks now must not make it be posted again.
+                    return None
         except (aiohttp.ClientError, TimeoutError) as error:
             return type(error).__name__
         if answer.status == 429 or answer.status >= 500:
             return f"HTTP {answer.status}"
-        if answer.status >= 400:
-            log.error("Job %s: the platform refused a result with HTTP %d", headers["X-Request-ID"], answer.status)
+        log.error("Job %s: the platform refused a result with HTTP %d", headers["X-Request-ID"], answer.status)
         return None

@@ -50,6 +50,9 @@ SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFronte
 """Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""
 
 MAX_CONCURRENCY = 512
+DEATH_CHECK_SECONDS = 0.5
+REFUSALS = (VLLMError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What vLLM raises when it cannot do what it is told."""
 
 
 class _Parser(FlexibleArgumentParser):
@@ -104,7 +107,7 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
-    except (argparse.ArgumentError, VLLMError, ValueError, TypeError, KeyError) as error:
+    except (argparse.ArgumentError, *REFUSALS) as error:
         raise ConfigurationError(_sentence(error)) from error
     # vLLM itself looks at this one only after the model has been loaded.
     reasoning_parsers = ReasoningParserManager.list_registered()
@@ -140,7 +143,16 @@ class Engine:
         propagate_flash_late_interaction(args, engine_args)
         try:
             vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        except (VLLMError, ValueError, TypeError, OSError, NotImplementedError) as error:
+        except (
+            VLLMError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AssertionError,
+            ImportError,
+            OSError,
+            RuntimeError,
+        ) as error:
             raise ConfigurationError(_sentence(error)) from error
         try:
             client = _Client.from_vllm_config(
@@ -150,7 +162,7 @@ class Engine:
                 disable_log_stats=args.disable_log_stats,
                 aggregate_engine_logging=args.aggregate_engine_logging,
             )
-        except (VLLMError, ValueError, RuntimeError, OSError) as error:
+        except REFUSALS as error:
             raise StartupError(f"The engine did not start: {_sentence(error)}") from error
         return cls(client, args)
 
@@ -164,12 +176,18 @@ class Engine:
         """Whether the engine can answer no more."""
         return self._liveness.should_exit or self.client.errored
 
+    async def died(self) -> None:
+        """Return once the engine is dead."""
+        while not self.is_dead:  # noqa: ASYNC110 - vLLM has no event for it
+            await asyncio.sleep(DEATH_CHECK_SECONDS)
+
     async def attach(self) -> App:
         """Return vLLM's API as an ASGI app, built at the first call, in the loop that serves."""
         async with self._attaching:
             if self._app is None:
-                self._app = await self._build_app()
-                await self._warm_up(self._app)
+                app = await self._build_app()
+                await self._warm_up(app)
+                self._app = app
             return self._app
 
     async def _build_app(self) -> App:
@@ -179,11 +197,14 @@ class Engine:
         app.state.server = self._liveness
         try:
             await init_app_state(self.client, app.state, self.args, tasks)
-        except (VLLMError, ValueError, TypeError, KeyError, OSError) as error:
+        except REFUSALS as error:
             raise ConfigurationError(_sentence(error)) from error
         entered = asyncio.Event()
         self._lifespan = asyncio.create_task(_live(app, entered))
+        self._lifespan.add_done_callback(lambda _: entered.set())
         await entered.wait()
+        if self._lifespan.done():
+            self._lifespan.result()
         return app
 
     async def _warm_up(self, app: App) -> None:

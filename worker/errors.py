@@ -10,9 +10,13 @@ class WorkerError(Exception):
 
 
 class StartupError(WorkerError):
-    """The worker cannot start; `exit_code` 1 says that another try may succeed."""
+    """The worker cannot start or go on; `exit_code` 1 says that another try may succeed."""
 
     exit_code: ClassVar[int] = 1
+
+
+class EngineDiedError(StartupError):
+    """The engine is gone; the platform replaces a worker that leaves, and only that."""
 
 
 class ConfigurationError(StartupError):

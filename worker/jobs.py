@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from worker import media_url
 from worker.errors import InvalidRequestError, Json, RouteNotFoundError
@@ -94,12 +94,10 @@ class _FieldsJob(_Shape):
     """A shape that takes every other OpenAI field as it is; those in `sampling_params` yield to those beside it."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    sampling_params: Json = Field(default_factory=dict)
-    stream: bool = False
+    sampling_params: Json | None = None
 
     def post(self, path: str, body: Json) -> ApiCall:
-        fields = {**self.sampling_params, **(self.model_extra or {}), **body, "stream": self.stream}
-        return ApiCall("POST", path, "", fields)
+        return ApiCall("POST", path, "", {**(self.sampling_params or {}), **(self.model_extra or {}), **body})
 
 
 class _ChatJob(_FieldsJob):
@@ -121,9 +119,9 @@ class _PromptJob(_FieldsJob):
     prompt: str | list[Any]
     apply_chat_template: bool = False
     image: str | None = None
-    images: list[str] = Field(default_factory=list)
+    images: list[str] | None = None
     video: str | None = None
-    videos: list[str] = Field(default_factory=list)
+    videos: list[str] | None = None
 
     def call(self) -> ApiCall:
         parts = [
@@ -170,21 +168,27 @@ def stream_form(job_input: object) -> StreamForm | None:
         return None
     if _OpenAIJob.key in job_input:
         return "sse" if _streams(job_input.get("openai_input")) else None
-    body = job_input.get("body") if _RouteJob.key in job_input else job_input
-    return "objects" if _streams(body) else None
+    if _RouteJob.key in job_input:
+        return "objects" if _streams(job_input.get("body")) else None
+    return "objects" if _streams(job_input) or _streams(job_input.get("sampling_params")) else None
 
 
 def _streams(body: object) -> bool:
-    return isinstance(body, dict) and body.get("stream") is True
+    """Read `stream` as the engine's pydantic does, which takes "true" and 1 for true."""
+    try:
+        return isinstance(body, dict) and _BOOLEAN.validate_python(body.get("stream") or False)
+    except ValidationError:
+        return False
 
 
+_BOOLEAN = TypeAdapter(bool)
 _ACCEPTED = "It must have one of 'messages', 'prompt', 'openai_route' or 'route'."
 
 
 def _explained(error: ValidationError, shape: type[_Shape]) -> InvalidRequestError:
     """Name the first wrong field without repeating its value, which may be a prompt."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field, *rest = first["loc"]
+    field, *rest = first["loc"] or ("input",)
     path = f"{field}{''.join(f'[{part}]' for part in rest if isinstance(part, int))}"
     accepted = ", ".join(f"'{name}'" for name in shape.model_fields)
     what = f"{first['msg']}." if first["type"] != "extra_forbidden" else f"no such field; accepted are {accepted}."
@@ -198,15 +202,17 @@ def _json_type(value: object) -> str:
 
 def _route_call(route: str, body: Json | None, method: Method | None = None) -> ApiCall:
     path, _, query = f"/{route.lstrip('/')}".partition("?")
-    return ApiCall(method or _method_of(path) or ("GET" if body is None else "POST"), path, query, body)
+    method = method or _method_of(path) or ("GET" if body is None else "POST")
+    # A POST without a body is told which field it lacks, not that its media type is wrong.
+    return ApiCall(method, path, query, body if body is not None or method == "GET" else {})
 
 
 def _method_of(path: str) -> Method | None:
     return next((method for pattern, method in _PATTERNS if pattern.fullmatch(path)), None)
 
 
-def _named(name: str, one: str | None, several: list[str]) -> list[tuple[str, str]]:
-    numbered = [(f"{name}s[{index}]", value) for index, value in enumerate(several)]
+def _named(name: str, one: str | None, several: list[str] | None) -> list[tuple[str, str]]:
+    numbered = [(f"{name}s[{index}]", value) for index, value in enumerate(several or [])]
     return [(name, one), *numbered] if one is not None else numbered
 
 

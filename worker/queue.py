@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from runpod.serverless.modules import rp_http, rp_job, rp_scale
 
 from worker.backoff import Backoff
 from worker.delivery import Delivery
+from worker.errors import EngineDiedError
 from worker.service import Job
 
 T = TypeVar("T")
@@ -28,23 +29,26 @@ T = TypeVar("T")
 NO_JOB = (204, 400)
 """400 has been seen with FlashBoot."""
 
-INSTANT_SECONDS = 0.5
-"""An empty answer that comes sooner is no long poll's: asking on at once would be a spin."""
+INSTANT_SECONDS = 0.2
+"""An empty answer that comes sooner is no long poll's; the next question waits until so much time has passed."""
 
 log = logging.getLogger(__name__)
 
 
-def install(runner: asyncio.Runner) -> None:
-    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`."""
-    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner)
+def install(runner: asyncio.Runner, died: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`, until `died()` returns."""
+    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, died=died)
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     """Takes and runs jobs; `config` is what `runpod.serverless.start` was given."""
 
-    def __init__(self, config: dict[str, Any], runner: asyncio.Runner) -> None:
+    def __init__(
+        self, config: dict[str, Any], runner: asyncio.Runner, died: Callable[[], Coroutine[Any, Any, object]]
+    ) -> None:
         super().__init__(config)
         self._runner = runner
+        self._died = died
         self._slots: int = self.concurrency_modifier(1)
         self._changed = asyncio.Event()
 
@@ -53,20 +57,28 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._runner.run(self.run())
 
     async def run(self) -> None:
-        """Take and run jobs until the shutdown signal, then let what runs come to its end."""
+        """Take and run jobs until the shutdown signal, then let what runs come to its end.
+
+        Raises:
+            EngineDiedError: the engine has died; what ran has failed.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.handle_shutdown, number, None)
         async with AsyncClientSession() as session:
-            polls = [
-                asyncio.create_task(self.get_jobs(session)),
-                asyncio.create_task(self.monitor_stop_signals(session)),
-            ]
-            await self._shutdown_event.wait()
-            for poll in polls:
-                poll.cancel()
-            await asyncio.wait(polls)
-            if self.jobs_tasks:
-                await asyncio.wait(self.jobs_tasks.values())
+            shutdown, died, *polls = map(
+                asyncio.create_task,
+                (self._shutdown_event.wait(), self._died(), self.get_jobs(session), self.monitor_stop_signals(session)),
+            )
+            await asyncio.wait([shutdown, died, *polls[:1]], return_when=asyncio.FIRST_COMPLETED)
+            ended = [task for task in (died, *polls) if task.done()]
+            for task in (shutdown, died, *polls):
+                task.cancel()
+            await asyncio.wait([shutdown, died, *polls, *self.jobs_tasks.values()])
+        for task in ended:
+            # A poll that ended by itself has failed in a way nobody foresaw: leave rather than go deaf.
+            task.result()
+        if died in ended:
+            raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
 
     async def get_jobs(self, session: aiohttp.ClientSession) -> None:
         """Ask for as many jobs as there are free slots, for as long as the worker lives."""
@@ -143,7 +155,10 @@ async def _take(session: aiohttp.ClientSession, most: int) -> list[Job]:
             return []
         answer.raise_for_status()
         body = await answer.read()
-    given = json.loads(body) if body else []
+    try:
+        given = json.loads(body) if body else []
+    except RecursionError:
+        raise ValueError("the jobs are nested too deeply") from None
     given = given if isinstance(given, list) else [given]
     jobs = [job for job in given if isinstance(job, dict) and isinstance(job.get("id"), str)]
     if len(jobs) < len(given):
@@ -163,7 +178,7 @@ async def _within(seconds: float, poll: Awaitable[list[T] | None]) -> list[T] | 
 
 
 async def _poll(name: str, fetch: Callable[[], Awaitable[list[T] | None]]) -> AsyncIterator[list[T]]:
-    """Yield what long polls bring, for ever; after a failure, or an empty answer at once, wait before the next."""
+    """Yield what long polls bring, for ever; wait before the next one longer and longer while they fail."""
     backoff = Backoff(first=0.1, most=10.0)
     while True:
         asked = time.monotonic()
@@ -173,13 +188,11 @@ async def _poll(name: str, fetch: Callable[[], Awaitable[list[T] | None]]) -> As
             log.warning("%s failed: %s", name, _described(error))
             await asyncio.sleep(backoff.next())
             continue
+        backoff.reset()
         if found:
-            backoff.reset()
             yield found
-        elif time.monotonic() - asked < INSTANT_SECONDS:
-            await asyncio.sleep(backoff.next())
         else:
-            backoff.reset()
+            await asyncio.sleep(asked + INSTANT_SECONDS - time.monotonic())
 
 
 def _described(error: Exception) -> str:

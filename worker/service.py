@@ -70,8 +70,9 @@ class Service:
         as_text = jobs.stream_form(job_input) == "sse"
         limit = _TimeLimit(self._settings.request_timeout)
         async with AsyncExitStack() as stack:
+            app = await self._attach()
             metered.set(meter)
-            opening = exchange(await self._attach(), _request(call, request_id))
+            opening = exchange(app, _request(call, request_id))
             response = await limit.apply(stack.enter_async_context(opening))
             if response.status >= 400:
                 raise _error(response.status, await response.read_all())
@@ -150,7 +151,7 @@ def _request(call: jobs.ApiCall, request_id: str) -> Request:
     headers = {"x-request-id": request_id}
     if call.body is None:
         return Request(call.method, call.path, call.query, headers)
-    body = json.dumps(call.body, ensure_ascii=False).encode()
+    body = json.dumps(call.body).encode()
     return Request(call.method, call.path, call.query, headers | {"content-type": "application/json"}, body)
 
 

@@ -35,7 +35,15 @@ def _snapshot(settings: Settings) -> Path:
     name, revision = settings.model_name, settings.model_revision
     log.info("Looking for %s in the local cache and on the Hugging Face Hub", name)
     try:
-        return Path(snapshot_download(name, revision=revision, token=settings.hf_token, ignore_patterns=NOT_NEEDED))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=settings.hf_token,
+                cache_dir=settings.download_dir,
+                ignore_patterns=NOT_NEEDED,
+            )
+        )
     except HFValidationError:
         raise ConfigurationError(f"MODEL_NAME={name!r}: neither a folder nor a Hugging Face id (ORG/NAME).") from None
     except GatedRepoError:

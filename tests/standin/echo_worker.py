@@ -15,6 +15,7 @@ class EchoHandler:
 
     def __init__(self) -> None:
         self.stopped: list[str] = []
+        self.died = asyncio.Event()
 
     async def handle(self, job: dict[str, Any]) -> AsyncIterator[Any]:
         """`count`: yields so many strings; `error`, `raise`: fails; `hang`: until stopped; `stopped`: tells which."""
@@ -39,6 +40,9 @@ class EchoHandler:
                 except (asyncio.CancelledError, GeneratorExit):
                     self.stopped.append(job["id"])
                     raise
+            case {"die": True}:
+                self.died.set()
+                yield {"error": "dead"}
             case {"stopped": True}:
                 yield self.stopped
             case other:
@@ -62,7 +66,7 @@ def main(loop: str) -> None:
     if loop == "event":
         from worker import queue
 
-        queue.install(runner)
+        queue.install(runner, handler.died.wait)
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(
