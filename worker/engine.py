@@ -143,16 +143,7 @@ class Engine:
         propagate_flash_late_interaction(args, engine_args)
         try:
             vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        except (
-            VLLMError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AssertionError,
-            ImportError,
-            OSError,
-            RuntimeError,
-        ) as error:
+        except REFUSALS as error:
             raise ConfigurationError(_sentence(error)) from error
         try:
             client = _Client.from_vllm_config(
