@@ -17,7 +17,8 @@ import psutil
 
 from bench import load, report
 from bench.load import Load
-from bench.servers import ROOT, Server, vllm_serve, worker
+from bench.servers import Server, vllm_serve, worker
+from tests.tiny import ROOT
 
 WARM_UP = Load(concurrency=8, requests=16, tokens=32, stream=True)
 

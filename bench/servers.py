@@ -1,7 +1,6 @@
 """The servers that are compared, each with an engine of its own and the same model and settings."""
 
 import os
-import shlex
 import socket
 import subprocess
 import sys
@@ -14,7 +13,9 @@ from pathlib import Path
 import psutil
 import requests
 
-ROOT = Path(__file__).parent.parent
+from tests import tiny
+from tests.tiny import ROOT
+
 MODEL_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker")
 START_SECONDS = 300
 
@@ -48,17 +49,11 @@ class Server:
         return int(records["stream_posts"] + records["done_posts"])
 
 
-def settings() -> dict[str, str]:
-    """Return the embedded model's settings."""
-    lines = (ROOT / "tests/models/tiny-vlm.env").read_text()
-    return dict(pair.split("=", 1) for pair in shlex.split(lines, comments=True))
-
-
 @contextmanager
 def vllm_serve(log: Path) -> Iterator[Server]:
     """Run vLLM's own server."""
     port = _free_port()
-    environ = settings()
+    environ = tiny.environment()
     flags = ["--model", environ.pop("MODEL_NAME"), "--port", str(port), "--disable-uvicorn-access-log"]
     for name, value in environ.items():
         if not name.startswith(("VLLM_", "HF_")):
@@ -75,7 +70,7 @@ def worker(name: str, log: Path, **environ: str) -> Iterator[Server]:
     """Run the worker behind the platform's stand-in."""
     port = _free_port()
     command = [sys.executable, "-m", "tests.standin", "--port", str(port), "--", sys.executable, "handler.py"]
-    with _process(command, settings() | environ, log) as process:
+    with _process(command, tiny.environment() | environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v2/local/openai/v1"
         _wait(process, f"{base_url}/models", log)
         yield Server(name, base_url, _front(process, [process]))

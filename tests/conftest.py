@@ -1,6 +1,5 @@
 """One worker with the real engine for the whole session, behind a stand-in for RunPod's platform."""
 
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -11,16 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
 from tests.standin import StandinServer, WorkerProcess, worker_environment
 
-ROOT = Path(__file__).parent.parent
 START_SECONDS = 180
-
-
-def tiny_environment() -> dict[str, str]:
-    """Return the settings of the embedded model."""
-    lines = (ROOT / "tests/models/tiny-vlm.env").read_text()
-    return dict(pair.split("=", 1) for pair in shlex.split(lines, comments=True))
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ def endpoint() -> Iterator[Endpoint]:
     """Start `handler.py` as the platform would; ready at its first request for jobs."""
     with tempfile.TemporaryDirectory() as folder, StandinServer() as server:
         log = Path(folder) / "worker.log"
-        environment = {**tiny_environment(), **worker_environment(server.port)}
+        environment = {**tiny.environment(), **worker_environment(server.port)}
         with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
             _wait_until_ready(server, worker, log)
             yield Endpoint(server, worker, log)

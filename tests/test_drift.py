@@ -5,7 +5,6 @@ import inspect
 import re
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +21,9 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import RequestStateStats
 
+from tests.tiny import MODEL, ROOT
 from worker import config, engine, jobs
 from worker.service import Service
-
-ROOT = Path(__file__).parent.parent
 
 NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 """Routes under /v1/ that a job cannot use (a websocket) or must not (control)."""
@@ -62,8 +60,7 @@ def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> Non
 
 def vllm_routes() -> set[str]:
     """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
-    model = ROOT / "tests/models/tiny-vlm"
-    args = engine.parse_arguments({}, config.load({"MODEL_NAME": str(model)}), model)
+    args = engine.parse_arguments({}, config.load({"MODEL_NAME": str(MODEL)}), MODEL)
     app = build_app(args, ("generate", "transcription", "realtime"))
     return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
 

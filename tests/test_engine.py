@@ -1,16 +1,14 @@
 """vLLM's own parser, fed from the environment. The running engine is tested through the whole worker."""
 
 import json
-import shlex
-from pathlib import Path
 
 import pytest
 
+from tests import tiny
+from tests.tiny import MODEL
 from worker import config
 from worker.engine import parse_arguments
 from worker.errors import ConfigurationError
-
-MODEL = Path(__file__).parent / "models/tiny-vlm"
 
 
 def parse(**environ: str) -> dict[str, object]:
@@ -25,8 +23,7 @@ def test_the_snapshot_is_the_model_and_the_name_is_what_the_user_wrote() -> None
 
 
 def test_the_embedded_models_settings_are_understood() -> None:
-    lines = (MODEL.parent / "tiny-vlm.env").read_text()
-    environ = dict(pair.split("=", 1) for pair in shlex.split(lines, comments=True))
+    environ = tiny.environment()
     args = parse(**environ)
     assert (args["max_model_len"], args["enforce_eager"], args["tool_call_parser"]) == (2048, True, "hermes")
     assert args["limit_mm_per_prompt"] == json.loads(environ["LIMIT_MM_PER_PROMPT"])

@@ -13,16 +13,17 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import ROOT, tiny_environment
+from tests import tiny
 from tests.media import image_url
 from tests.standin import WorkerProcess
+from tests.tiny import ROOT
 
 HANDLER = [sys.executable, "handler.py"]
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run handler.py to its end with the embedded model, or what `environ` says instead."""
-    env = {**os.environ, **tiny_environment(), **environ}
+    env = {**os.environ, **tiny.environment(), **environ}
     return subprocess.run([*HANDLER, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
@@ -70,7 +71,7 @@ def test_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("wb") as output:
         command = [*HANDLER, "--rp_serve_api", "--rp_api_port", "8765"]
-        with WorkerProcess(command, tiny_environment(), output) as worker:
+        with WorkerProcess(command, tiny.environment(), output) as worker:
             for _ in range(180):
                 try:
                     httpx.get("http://127.0.0.1:8765/openapi.json")

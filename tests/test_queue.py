@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,8 +21,8 @@ from tests.standin import (
     WorkerProcess,
     worker_environment,
 )
+from tests.tiny import ROOT
 
-ROOT = Path(__file__).parent.parent
 SLOTS = 4
 COMMAND = [sys.executable, "-P", str(ROOT / "tests/standin/echo_worker.py"), "event"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import ROOT
 from worker import config, weights
 from worker.errors import ConfigurationError
 
-ROOT = Path(__file__).parent.parent
 COMMIT = "a" * 40
 
 
@@ -75,6 +75,7 @@ def hub() -> Iterator[Hub]:
 
 RESOLVE = """
 import os, sys
+from tests.tiny import ROOT
 from worker import config, weights
 from worker.errors import StartupError
 try:

@@ -91,8 +91,8 @@ class Response:
         self._buffer.clear()
         if not self._ended.is_set():
             self._readable.clear()
-        if not data and not self._complete:
-            raise IncompleteResponseError("the app ended before its response") from self._failure
+        if not data:
+            self._check_complete()
         return data
 
     async def read_all(self) -> bytes:
@@ -102,10 +102,12 @@ class Response:
             IncompleteResponseError: the app ended before its response.
         """
         await self._ended.wait()
-        body = await self.read()
+        self._check_complete()
+        return await self.read()
+
+    def _check_complete(self) -> None:
         if not self._complete:
-            await self.read()
-        return body
+            raise IncompleteResponseError("the app ended before its response") from self._failure
 
     # The app's side.
 

@@ -16,6 +16,8 @@ from worker.errors import ConfigurationError
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 
+MAX_CONCURRENCY = 512
+
 ALIASES = {
     "TOKENIZER_NAME": "tokenizer",
     "CUSTOM_CHAT_TEMPLATE": "chat_template",
@@ -71,7 +73,7 @@ class Settings(BaseModel):
     """Where the Hub's snapshots are kept; by default where `HF_HOME` says."""
     hf_token: str | None = Field(default=None, repr=False)
     """For gated and private models."""
-    max_concurrency: int | None = Field(default=None, ge=1, le=512)
+    max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
     """Jobs in flight at once; by default twice the engine's `max_num_seqs`, at most 512."""
     request_timeout: float | None = Field(default=None, gt=0)
     """Seconds after which a job is ended with an error; by default the platform's own timeout alone counts."""

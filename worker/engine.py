@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
 """Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""
 
-MAX_CONCURRENCY = 512
 DEATH_CHECK_SECONDS = 0.5
 REFUSALS = (VLLMError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What vLLM raises when it cannot do what it is told."""
@@ -160,7 +159,7 @@ class Engine:
     @property
     def concurrency(self) -> int:
         """Jobs to take at once: twice what the engine runs, so that it always has a next one waiting."""
-        return min(2 * self.client.vllm_config.scheduler_config.max_num_seqs, MAX_CONCURRENCY)
+        return min(2 * self.client.vllm_config.scheduler_config.max_num_seqs, config.MAX_CONCURRENCY)
 
     @property
     def is_dead(self) -> bool:

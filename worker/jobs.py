@@ -124,10 +124,8 @@ class _PromptJob(_FieldsJob):
     videos: list[str] | None = None
 
     def call(self) -> ApiCall:
-        parts = [
-            *(_part("image", url, name) for name, url in _named("image", self.image, self.images)),
-            *(_part("video", url, name) for name, url in _named("video", self.video, self.videos)),
-        ]
+        media = (("image", self.image, self.images), ("video", self.video, self.videos))
+        parts = [_part(kind, url, name) for kind, one, more in media for name, url in _named(kind, one, more)]
         if not parts and not self.apply_chat_template:
             return self.post("/v1/completions", {"prompt": self.prompt})
         if not isinstance(self.prompt, str):

@@ -41,7 +41,7 @@ class Service:
         meter = Meter()
         outcome = "cancelled"
         try:
-            async with aclosing(self._answer(job.get("input"), request_id, meter)) as outputs:
+            async with aclosing(self._answer(job.get("input"), form, request_id, meter)) as outputs:
                 async for output in outputs:
                     yield output
             outcome = "ok"
@@ -65,9 +65,10 @@ class Service:
                 used.completion_tokens,
             )
 
-    async def _answer(self, job_input: object, request_id: str, meter: Meter) -> AsyncGenerator[Output, None]:
+    async def _answer(
+        self, job_input: object, form: jobs.StreamForm | None, request_id: str, meter: Meter
+    ) -> AsyncGenerator[Output, None]:
         call = jobs.parse(job_input, self._settings.allow_control_routes)
-        as_text = jobs.stream_form(job_input) == "sse"
         limit = _TimeLimit(self._settings.request_timeout)
         async with AsyncExitStack() as stack:
             app = await self._attach()
@@ -80,7 +81,7 @@ class Service:
                 yield _value(response, await limit.apply(response.read_all()))
                 return
             async for batch in _batches(response, limit, self._settings.stream_batch_ms / 1000):
-                if as_text:
+                if form == "sse":
                     yield b"".join(batch).decode()
                     continue
                 chunks, error = _chunks(batch)
