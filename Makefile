@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check bench endurance local-endpoint lock model clean
+.PHONY: help setup run test check bench endurance cancellation local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -50,6 +50,9 @@ bench: setup ## Compare the worker with vllm serve (BENCH="--rounds 5 --baseline
 
 endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
 	@$(BIN)/python -m bench.endurance
+
+cancellation: setup ## Measure how soon a cancelled job makes room for the next
+	@$(BIN)/python -m bench.cancellation
 
 lock: setup ## Compile the requirements anew
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \

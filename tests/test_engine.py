@@ -1,14 +1,22 @@
-"""vLLM's own parser, fed from the environment. The running engine is tested through the whole worker."""
+"""vLLM's own parser, fed from the environment, and its collector of outputs, kept to a pace.
 
+The running engine is tested through the whole worker.
+"""
+
+import asyncio
 import json
 
 import pytest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from tests import tiny
 from tests.tiny import MODEL
 from worker import config
-from worker.engine import parse_arguments
+from worker.engine import _PacedCollector, parse_arguments
 from worker.errors import ConfigurationError
+from worker.pace import Pace
 
 
 def parse(**environ: str) -> dict[str, object]:
@@ -60,3 +68,61 @@ def test_mistakes(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse(**environ)
     assert message in str(caught.value)
+
+
+def part(text: str, finished: bool = False) -> RequestOutput:
+    completion = CompletionOutput(0, text, [ord(letter) for letter in text], None, None)
+    return RequestOutput("request", "prompt", [1], None, [completion], finished)
+
+
+def collector(*early: RequestOutput) -> _PacedCollector:
+    taken_over = RequestOutputCollector(RequestOutputKind.DELTA, "request")
+    for output in early:
+        taken_over.put(output)
+    return _PacedCollector(taken_over, Pace(60.0))
+
+
+async def text_of(paced: _PacedCollector) -> str:
+    async with asyncio.timeout(10):
+        output = await paced.get()
+    assert isinstance(output, RequestOutput)
+    return output.outputs[0].text
+
+
+def test_the_first_output_is_given_at_once_and_the_rest_as_one_at_the_end() -> None:
+    async def run() -> list[str]:
+        paced = collector(part("a"))
+        texts = [await text_of(paced)]
+        paced.put(part("b"))
+        waiting = asyncio.create_task(text_of(paced))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        paced.put(part("c"))
+        paced.put(part("d", finished=True))
+        return [*texts, await waiting]
+
+    assert asyncio.run(run()) == ["a", "bcd"]
+
+
+def test_an_output_whose_window_has_passed_is_given_at_once() -> None:
+    async def run() -> list[str]:
+        paced = _PacedCollector(RequestOutputCollector(RequestOutputKind.DELTA, "request"), Pace(0.001))
+        texts = []
+        for letter in "abc":
+            paced.put(part(letter))
+            texts.append(await text_of(paced))
+        return texts
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+
+
+def test_an_engine_that_fails_is_not_waited_for() -> None:
+    async def run() -> None:
+        paced = collector(part("a"))
+        await text_of(paced)
+        paced.put(part("b"))
+        paced.put(RuntimeError("dead"))
+        await text_of(paced)
+
+    with pytest.raises(RuntimeError, match="dead"):
+        asyncio.run(run())

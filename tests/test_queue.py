@@ -21,6 +21,7 @@ from tests.standin import (
     WorkerProcess,
     worker_environment,
 )
+from tests.standin.echo_worker import CONCURRENCY
 from tests.tiny import ROOT
 
 SLOTS = 4
@@ -114,6 +115,17 @@ def test_a_stop_signal_reaches_the_handler(server: StandinServer) -> None:
     server.wait_until(lambda platform: job.id in platform.records.stop_signals)
     assert job.id in stopped_jobs(server)
     assert server.platform.records.done_posts == 1
+
+
+def test_the_slot_of_a_stopped_job_is_free_for_the_next(server: StandinServer) -> None:
+    hanging = [submit(server, {"hang": True}) for _ in range(CONCURRENCY)]
+    waiting = submit(server, {"count": 1})
+    server.wait_until(lambda _: all(job.chunks for job in hanging))
+    assert waiting.status is Status.IN_QUEUE
+    server.call(server.platform.cancel, hanging[0])
+    assert finished(server, waiting) == [Status.COMPLETED]
+    for job in hanging[1:]:
+        server.call(server.platform.cancel, job)
 
 
 def test_a_stop_signal_reaches_the_handler_while_a_batch_is_posted(server: StandinServer) -> None:

@@ -11,6 +11,7 @@ from worker import sse
 from worker.asgi import App, Receive, Send
 from worker.config import Settings
 from worker.errors import Json
+from worker.pace import paced
 from worker.service import Output, Service
 from worker.usage import Usage, metered
 
@@ -229,13 +230,36 @@ def test_a_job_that_takes_too_long_is_ended_with_an_error(streaming: bool) -> No
     assert told == ["http.request", "http.disconnect"]
 
 
-def test_later_events_of_a_stream_are_gathered() -> None:
+def test_what_comes_while_a_batch_is_posted_is_the_next_batch() -> None:
     events = [sse.event({"n": number}) for number in range(30)]
-    settings = Settings(stream_batch_ms=10_000)
-    texts = outputs(stream(*events), openai(stream=True), settings)
+
+    async def attach() -> App:
+        return stream(*events)
+
+    async def run() -> list[Output]:
+        texts = []
+        async for text in Service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
+            texts.append(text)
+            await asyncio.sleep(0.2)
+        return texts
+
+    texts = asyncio.run(run())
     assert "".join(map(str, texts)).encode() == b"".join(events)
     assert len(texts) == 2
-    assert len(outputs(stream(*events), openai(stream=True), Settings(stream_batch_ms=0))) > 10
+
+
+@pytest.mark.parametrize(("milliseconds", "seconds"), [(40, 0.04), (0, None)])
+def test_the_engine_is_told_the_pace_of_the_stream(milliseconds: float, seconds: float | None) -> None:
+    waits = []
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        if (pace := paced.get()) is not None:
+            pace.went(now=0)
+            waits.append(pace.wait(now=0))
+        await answer(b"{}")(scope, receive, send)
+
+    outputs(app, CHAT, Settings(stream_batch_ms=milliseconds))
+    assert waits == ([] if seconds is None else [seconds])
 
 
 def test_the_tokens_of_a_job_are_logged(caplog: pytest.LogCaptureFixture) -> None:

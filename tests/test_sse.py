@@ -69,17 +69,3 @@ def test_an_event_can_have_a_name() -> None:
 def test_characters_outside_ascii_are_not_escaped() -> None:
     assert "世界" in sse.event("世界").decode()
     assert json.loads(sse.event("世界")[6:]) == "世界"
-
-
-@pytest.mark.parametrize(
-    ("streaming", "seconds"),
-    [
-        pytest.param(0.0, 0.025, id="start"),
-        pytest.param(0.1, 0.025, id="a tenth of a second"),
-        pytest.param(0.3, 0.06, id="a third of a second"),
-        pytest.param(60.0, 0.1, id="long"),
-    ],
-)
-def test_the_window_grows_with_the_stream(streaming: float, seconds: float) -> None:
-    assert sse.window(streaming, 0.025) == pytest.approx(seconds)
-    assert sse.window(streaming, 0.0) == 0.0

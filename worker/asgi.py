@@ -72,20 +72,12 @@ class Response:
         """Whether the body is server-sent events."""
         return self.headers.get("content-type", "").startswith("text/event-stream")
 
-    async def read(self, linger: float = 0.0) -> bytes:
+    async def read(self) -> bytes:
         """Return what has come since the last call, waiting for a first byte; `b""` is the end.
-
-        With `linger`, wait up to that many seconds first, less when the body ends, so that more is there.
 
         Raises:
             IncompleteResponseError: the app ended before its response.
         """
-        if linger > 0 and not self._ended.is_set():
-            try:
-                async with asyncio.timeout(linger):
-                    await self._ended.wait()
-            except TimeoutError:
-                pass
         await self._readable.wait()
         data = bytes(self._buffer)
         self._buffer.clear()

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,19 +31,22 @@ from vllm.entrypoints.launchers.cli_args import (
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.exceptions import VLLMError
 from vllm.logger import configure_logging_from_args
+from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.reasoning import ReasoningParserManager
+from vllm.sampling_params import RequestOutputKind
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestOutputCollector
-from vllm.v1.metrics.stats import RequestStateStats
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 
 from worker import config
 from worker.asgi import App, Request, exchange
 from worker.errors import ConfigurationError, Json, StartupError
-from worker.usage import Meter, Usage, metered
+from worker.pace import Pace, paced
+from worker.usage import Usage, metered
 
 log = logging.getLogger(__name__)
 
@@ -62,24 +66,59 @@ class _Parser(FlexibleArgumentParser):
 
 
 class _Client(AsyncLLM):
-    """vLLM's client, which also lets the meter of the calling job see each request's state."""
+    """vLLM's client, which also counts the tokens of the calling job's requests and keeps its pace."""
 
     async def add_request(self, *args: Any, **kwargs: Any) -> RequestOutputCollector:
-        queue = await super().add_request(*args, **kwargs)
+        collector = await super().add_request(*args, **kwargs)
+        states = self._states(collector.request_id)
         if (meter := metered.get()) is not None:
-            self._count(queue.request_id, meter)
-        return queue
+            for index, state in enumerate(states):
+                meter.add(functools.partial(_usage, 0 if index else state.prompt_len, state.detokenizer))
+        if (pace := paced.get()) is not None and collector.aggregate:
+            collector = _PacedCollector(collector, pace)
+            for state in states:
+                state.queue = collector
+        return collector
 
-    def _count(self, request_id: str, meter: Meter) -> None:
-        """Have `meter` count a request, or the n of them that answer one prompt."""
+    def _states(self, request_id: str) -> list[RequestState]:
+        """Return the state of a request, or those of the n that answer one prompt."""
         parent = self.output_processor.parent_requests.get(request_id)
-        for index, one in enumerate(parent.child_requests if parent else [request_id]):
-            if (state := self.output_processor.request_states.get(one)) and (stats := state.stats):
-                meter.add(functools.partial(_usage, 0 if index else state.prompt_len, stats))
+        states = map(self.output_processor.request_states.get, parent.child_requests if parent else [request_id])
+        return [state for state in states if state is not None]
 
 
-def _usage(prompt_tokens: int, stats: RequestStateStats) -> Usage:
-    return Usage(prompt_tokens, stats.num_generation_tokens)
+class _PacedCollector(RequestOutputCollector):
+    """Gives a request's outputs at a job's pace: vLLM merges what comes in between. The last is given at once."""
+
+    def __init__(self, taken_over: RequestOutputCollector, pace: Pace) -> None:
+        super().__init__(RequestOutputKind.DELTA, taken_over.request_id)
+        self._pace = pace
+        self._ended = asyncio.Event()
+        if taken_over.output is not None:
+            self.put(taken_over.output)
+
+    def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+        super().put(output)
+        if isinstance(output, Exception) or output.finished:
+            self._ended.set()
+
+    def get_nowait(self) -> None:
+        """Leave it to `get`, which keeps the pace."""
+
+    async def get(self) -> RequestOutput | PoolingRequestOutput:
+        clock = asyncio.get_running_loop().time
+        if not self._ended.is_set() and (seconds := self._pace.wait(clock())) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._ended.wait()
+        output = await super().get()
+        self._pace.went(clock())
+        return output
+
+
+def _usage(prompt_tokens: int, detokenizer: IncrementalDetokenizer | None) -> Usage:
+    """Return a request's tokens so far; one that pools has nothing to detokenize."""
+    return Usage(prompt_tokens, detokenizer.num_output_tokens() if detokenizer else 0)
 
 
 class _Liveness:

@@ -12,6 +12,7 @@ from worker import jobs, sse
 from worker.asgi import App, Request, Response, exchange
 from worker.config import Settings
 from worker.errors import EngineResponseError, InternalError, JobError, JobTimeoutError, Json
+from worker.pace import Pace, paced
 from worker.usage import Meter, metered
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ class Service:
         async with AsyncExitStack() as stack:
             app = await self._attach()
             metered.set(meter)
+            paced.set(Pace(self._settings.stream_batch_ms / 1000) if self._settings.stream_batch_ms else None)
             opening = exchange(app, _request(call, request_id))
             response = await limit.apply(stack.enter_async_context(opening))
             if response.status >= 400:
@@ -80,7 +82,7 @@ class Service:
             if not response.is_event_stream:
                 yield _value(response, await limit.apply(response.read_all()))
                 return
-            async for batch in _batches(response, limit, self._settings.stream_batch_ms / 1000):
+            async for batch in _batches(response, limit):
                 if form == "sse":
                     yield b"".join(batch).decode()
                     continue
@@ -113,27 +115,14 @@ class _TimeLimit:
             raise JobTimeoutError(self._seconds) from None
 
 
-async def _batches(response: Response, limit: _TimeLimit, shortest: float) -> AsyncIterator[list[bytes]]:
-    """Yield the stream's events in batches: the first at once, a later one when its window has passed.
-
-    The window counts from when the last batch was given, so that it is over where posting that batch took as long.
-    """
+async def _batches(response: Response, limit: _TimeLimit) -> AsyncIterator[list[bytes]]:
+    """Yield the stream's events in batches: each holds what has come while the one before was being posted."""
     splitter = sse.EventSplitter()
-    first = last = None
-    while data := await limit.apply(response.read(_linger(first, last, shortest))):
-        last = time.monotonic()
-        first = first or last
+    while data := await limit.apply(response.read()):
         for batch in sse.batches(splitter.feed(data)):
             yield batch
     for batch in sse.batches(splitter.flush()):
         yield batch
-
-
-def _linger(first: float | None, last: float | None, shortest: float) -> float:
-    if first is None or last is None:
-        return 0.0
-    now = time.monotonic()
-    return last + sse.window(now - first, shortest) - now
 
 
 def _chunks(batch: list[bytes]) -> tuple[list[Any], EngineResponseError | None]:

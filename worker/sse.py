@@ -38,14 +38,6 @@ class EventSplitter:
         return [rest] if rest else []
 
 
-def window(streaming: float, shortest: float) -> float:
-    """Return how many seconds a batch gathers in a stream that has been going for `streaming` seconds.
-
-    A reader notices 25 ms in the first words and nothing in the tenth line: the window grows to four times `shortest`.
-    """
-    return min(max(shortest, streaming * 0.2), 4 * shortest)
-
-
 def batches(events: Iterable[bytes], limit: int = MAX_BATCH_BYTES) -> Iterator[list[bytes]]:
     """Group events, in order, into lists of at most `limit` bytes once posted; a larger event stands alone."""
     batch: list[bytes] = []
