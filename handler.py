@@ -1,4 +1,4 @@
-"""RunPod's entry point: settings → weights → engine → the loop that takes jobs.
+"""RunPod's entry point: settings → weights → engine → the queue, an HTTP server, or one local job.
 
 Heavy modules are imported only once what comes before them has succeeded, so that a mistake is told within a second.
 """
@@ -6,18 +6,20 @@ Heavy modules are imported only once what comes before them has succeeded, so th
 import argparse
 import asyncio
 import json
+import logging.config
 import os
+import signal
 import sys
-from typing import TYPE_CHECKING
+import tempfile
+from contextlib import ExitStack
 
 import uvloop
 
-from worker import config, local, telemetry, weights
-from worker.errors import StartupError
+from worker import config, local, logs
+from worker.assembly import Worker
+from worker.errors import EngineDiedError, StartupError
+from worker.server import Gate, HttpServer
 from worker.service import Job, Service
-
-if TYPE_CHECKING:
-    from worker.engine import Engine
 
 
 def main() -> int:
@@ -25,8 +27,9 @@ def main() -> int:
     os.environ.update(config.library_defaults(os.environ))
     try:
         settings = config.load(os.environ)
-        telemetry.configure(settings.log_level)
-        return run(settings, options(sys.argv[1:]))
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            configure_logs(settings, file.name)
+            return run(Worker(settings), options(sys.argv[1:]))
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -41,47 +44,85 @@ def options(argv: list[str]) -> argparse.Namespace:
     return known
 
 
-def run(settings: config.Settings, chosen: argparse.Namespace) -> int:
-    """Load the engine, then answer one local job, or serve the queue or the SDK's test server."""
-    serves = chosen.rp_serve_api or settings.runpod_webhook_get_job is not None
-    job = local.read_job(chosen.test_input) if chosen.test_input is not None or not serves else None
-    snapshot = weights.resolve(settings)
+def configure_logs(settings: config.Settings, file: str) -> None:
+    """Have this process, and by way of a file vLLM in all of its processes, log in one form."""
+    lines = logs.configuration(
+        settings.log_format, settings.log_level, settings.vllm_logging_level, settings.log_prompts
+    )
+    logging.config.dictConfig(lines)
+    logging.captureWarnings(capture=True)
+    with open(file, "w", encoding="utf-8") as output:  # noqa: PTH123 - the file is open already
+        json.dump(lines, output)
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", file)
 
-    from worker.engine import Engine, parse_arguments
 
-    engine = Engine.load(parse_arguments(os.environ, settings, snapshot))
-    try:
+def run(worker: Worker, chosen: argparse.Namespace) -> int:
+    """Load the engine, then answer one local job, or serve the queue, HTTP or the SDK's test server."""
+    settings = worker.settings
+    mode = "local" if chosen.test_input is not None else "test server" if chosen.rp_serve_api else settings.mode
+    job = local.read_job(chosen.test_input) if mode == "local" else None
+    with ExitStack() as stack:
+        ports = [port for port in (settings.port_health, settings.metrics_port) if port is not None]
+        gate = Gate(worker.monitor, worker.status, worker.telemetry, settings, offers_engine=mode == "http")
+        if mode == "http":
+            ports.insert(0, settings.http_port)
+        server = stack.enter_context(HttpServer(gate, ports)) if ports else None
+        stack.callback(worker.shutdown)
+        worker.load()
         if job is not None:
-            return asyncio.run(answer(engine, Service(engine.attach, settings), job))
-        serve(engine, settings, chosen.rp_serve_api)
-        return 0
-    finally:
-        engine.shutdown()
+            return asyncio.run(answer(worker, job))
+        if mode == "http" and server is not None:
+            serve_http(worker, server, gate)
+        else:
+            serve_queue(worker, test_server=mode == "test server")
+    return 0
 
 
-async def answer(engine: "Engine", service: Service, job: Job) -> int:
+async def answer(worker: Worker, job: Job) -> int:
     """Run one job and print its result."""
-    await engine.attach()
-    result = await local.run(service.handler, job)
+    await worker.attach()
+    result = await local.run(Service(worker.attach, worker.settings, worker.telemetry).handler, job)
     sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     return 0 if result["status"] == "COMPLETED" else 1
 
 
-def serve(engine: "Engine", settings: config.Settings, test_server: bool) -> None:
+def serve_http(worker: Worker, server: HttpServer, gate: Gate) -> None:
+    """Let requests through to the engine until told to stop."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.notify(stopped))
+
+    async def serve() -> None:
+        gate.open(await worker.attach(), worker.concurrency)
+        ends = [asyncio.create_task(stopped.wait()), asyncio.create_task(worker.engine.died())]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if worker.engine.is_dead:
+            raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
+        worker.status.drain()
+        await gate.drained()
+
+    server.run(serve())
+
+
+def serve_queue(worker: Worker, test_server: bool) -> None:
     """Take jobs from RunPod's queue, or from the SDK's test server, until told to stop."""
     import runpod
+    from runpod.serverless.modules import rp_logger
 
     from worker import devapi, queue
 
-    service = Service(engine.attach, settings)
-    concurrency = settings.max_concurrency or engine.concurrency
+    rp_logger.RunPodLogger.log = logs.log_for_sdk
+    service = Service(worker.attach, worker.settings, worker.telemetry)
+    concurrency = worker.concurrency
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if test_server:
             devapi.install()
-        elif settings.worker_job_loop == "event":
+        elif worker.settings.worker_job_loop == "event":
             # The loop that serves is the one that attaches: before the first ping and the first request for jobs.
-            runner.run(engine.attach())
-            queue.install(runner, engine.died)
+            runner.run(worker.attach())
+            queue.install(runner, worker.engine.died, worker.telemetry.stream_posts.inc)
         runpod.serverless.start(
             {
                 "handler": service.handler,

@@ -16,13 +16,15 @@ from vllm.entrypoints.pooling.embed import api_router as embed
 from vllm.entrypoints.pooling.scoring import api_router as scoring
 from vllm.entrypoints.serve.lora import api_router as lora
 from vllm.entrypoints.serve.utils import api_utils
+from vllm.inputs.engine import MultiModalInput
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import RequestStateStats
 
 from tests.tiny import MODEL, ROOT
-from worker import config, engine, jobs
+from worker import config, engine, routes
 from worker.service import Service
 
 NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
@@ -73,9 +75,9 @@ def vllm_routes() -> set[str]:
 
 def test_every_inference_route_is_known() -> None:
     offered = vllm_routes()
-    new = {path for path in offered if path.startswith("/v1/")} - jobs.ROUTES.keys() - NOT_OFFERED
-    assert not new, f"vLLM has new routes: add them to jobs.ROUTES, or here to NOT_OFFERED: {sorted(new)}"
-    gone = jobs.ROUTES.keys() - offered - ROUTES_WITHOUT_MODEL
+    new = {path for path in offered if path.startswith("/v1/")} - routes.ROUTES.keys() - NOT_OFFERED
+    assert not new, f"vLLM has new routes: add them to routes.ROUTES, or here to NOT_OFFERED: {sorted(new)}"
+    gone = routes.ROUTES.keys() - offered - ROUTES_WITHOUT_MODEL
     assert not gone, f"vLLM has no such routes any more: {sorted(gone)}"
 
 
@@ -133,17 +135,20 @@ def test_the_sdks_job_loop_is_the_one_that_is_replaced(function: Callable[..., A
     )
 
 
-def test_the_engine_can_be_asked_for_a_requests_tokens() -> None:
-    assert inspect.iscoroutinefunction(AsyncLLM.add_request)
+def test_the_engine_can_be_asked_how_far_a_request_has_got() -> None:
+    assert list(inspect.signature(AsyncLLM.add_request).parameters)[:3] == ["self", "request_id", "prompt"]
     attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(OutputProcessor.__init__)))
     assert {"request_states", "parent_requests"} <= attributes
     assert "self.child_requests" in inspect.getsource(ParentRequest.__init__)
-    assert {"prompt_len", "detokenizer"} <= set(re.findall(r"self\.(\w+)", inspect.getsource(RequestState.__init__)))
+    attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(RequestState.__init__)))
+    assert {"prompt_len", "detokenizer", "lora_name", "stats", "queue"} <= attributes
+    times = {"arrival_time", "first_token_latency", "queued_ts", "scheduled_ts"}
+    assert times <= RequestStateStats.__dataclass_fields__.keys()
     assert inspect.signature(IncrementalDetokenizer.num_output_tokens).parameters.keys() == {"self"}
+    assert "mm_placeholders" in MultiModalInput.__annotations__
 
 
 def test_a_request_can_be_given_another_collector() -> None:
-    assert "queue" in inspect.signature(RequestState.__init__).parameters
     assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
     assert "queue.put(" in inspect.getsource(OutputProcessor.process_outputs)
     assert "self.aggregate = output_kind == RequestOutputKind.DELTA" in inspect.getsource(RequestOutputCollector)

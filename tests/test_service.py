@@ -3,9 +3,11 @@
 import asyncio
 import json
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from worker import sse
 from worker.asgi import App, Receive, Send
@@ -13,7 +15,7 @@ from worker.config import Settings
 from worker.errors import Json
 from worker.pace import paced
 from worker.service import Output, Service
-from worker.usage import Usage, metered
+from worker.telemetry import Telemetry
 
 CHAT: Json = {"messages": [{"role": "user", "content": "Hello"}]}
 ERROR = {"error": {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}}
@@ -52,9 +54,13 @@ def outputs(app: App, job_input: object, settings: Settings = Settings()) -> lis
         return app
 
     async def run() -> list[Output]:
-        return [output async for output in Service(attach, settings).handler({"id": "job-1", "input": job_input})]
+        return [output async for output in service(attach, settings).handler({"id": "job-1", "input": job_input})]
 
     return asyncio.run(run())
+
+
+def service(attach: Callable[[], Awaitable[App]], settings: Settings) -> Service:
+    return Service(attach, settings, Telemetry("model", CollectorRegistry()))
 
 
 def openai(**fields: Any) -> Json:
@@ -196,7 +202,7 @@ def test_cancelling_a_job_ends_its_work_in_the_engine(caplog: pytest.LogCaptureF
         return endless
 
     async def consume() -> None:
-        async for _ in Service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
+        async for _ in service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
             pass
 
     async def run() -> None:
@@ -238,7 +244,7 @@ def test_what_comes_while_a_batch_is_posted_is_the_next_batch() -> None:
 
     async def run() -> list[Output]:
         texts = []
-        async for text in Service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
+        async for text in service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
             texts.append(text)
             await asyncio.sleep(0.2)
         return texts
@@ -262,15 +268,27 @@ def test_the_engine_is_told_the_pace_of_the_stream(milliseconds: float, seconds:
     assert waits == ([] if seconds is None else [seconds])
 
 
-def test_the_tokens_of_a_job_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    async def app(scope: Any, receive: Receive, send: Send) -> None:
-        meter = metered.get()
-        assert meter is not None
-        meter.add(lambda: Usage(7, 2))
-        meter.add(lambda: Usage(0, 3))
-        await answer(b"{}")(scope, receive, send)
-
-    with caplog.at_level(logging.INFO):
-        outputs(app, CHAT)
-    assert "Job job-1 ok after" in caplog.text
-    assert "7 tokens in, 5 out" in caplog.text
+@pytest.mark.parametrize(
+    ("app", "job_input", "outcome", "status"),
+    [
+        pytest.param(answer(b"{}"), CHAT, "ok", 200, id="whole"),
+        pytest.param(stream(sse.DONE), openai(stream=True), "ok", 200, id="stream"),
+        pytest.param(answer(b"{}"), {}, "client_error", 400, id="refused by the worker"),
+        pytest.param(answer(json.dumps(ERROR).encode(), 400), CHAT, "client_error", 400, id="refused by the engine"),
+        pytest.param(stream(sse.event({"n": 1}), fails=True), openai(stream=True), "engine_error", 500, id="broken"),
+        pytest.param(
+            stream(sse.event({"n": 1}), sse.event({"error": {"message": "?", "code": 500}}), sse.DONE),
+            openai(stream=True),
+            "engine_error",
+            500,
+            id="error event",
+        ),
+    ],
+)
+def test_what_became_of_a_job_is_told_once(
+    app: App, job_input: Json, outcome: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "worker.telemetry"):
+        outputs(app, job_input)
+    (record,) = [record for record in caplog.records if record.name == "worker.telemetry"]
+    assert (vars(record)["outcome"], vars(record)["status"]) == (outcome, status)

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from worker.errors import ConfigurationError
 
@@ -36,6 +36,7 @@ NOT_FROM_ENVIRONMENT = frozenset(
         "headless",
         "grpc",
         "api_server_count",
+        "otlp_traces_endpoint",
         "hf_token",
         "revision",
         "download_dir",
@@ -55,6 +56,10 @@ def _boolean(text: Any) -> Any:
 
 def _upper(text: Any) -> Any:
     return text.strip().upper() if isinstance(text, str) else text
+
+
+def _lower(text: Any) -> Any:
+    return text.strip().lower() if isinstance(text, str) else text
 
 
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
@@ -79,16 +84,77 @@ class Settings(BaseModel):
     """Seconds after which a job is ended with an error; by default the platform's own timeout alone counts."""
     stream_batch_ms: float = Field(default=25.0, ge=0)
     """How long a batch of a stream gathers events; four times that late in a long one. 0: as soon as possible."""
+    worker_mode: Annotated[Literal["auto", "queue", "http"], BeforeValidator(_lower)] = "auto"
+    """How jobs arrive; `auto`: from RunPod's queue where it gives jobs, over HTTP where `PORT` is set, else locally."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Where HTTP is served; by default 80 on RunPod and 8000 elsewhere."""
+    port_health: int | None = Field(default=None, ge=1, le=65535)
+    """Where `/ping`, `/health`, `/info` and `/metrics` are served as well."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """The same, also for a worker of the queue, which otherwise listens nowhere."""
+    worker_api_key: tuple[str, ...] = Field(
+        default=(), repr=False, validation_alias=AliasChoices("worker_api_key", "vllm_api_key")
+    )
+    """Keys of which callers over HTTP must send one, separated by commas; by default anybody may call."""
+    max_request_bytes: int = Field(default=30_000_000, ge=1)
+    """The largest body that is read over HTTP."""
+    max_queue: int | None = Field(default=None, ge=0)
+    """Requests over HTTP that may wait beyond `MAX_CONCURRENCY`; by default four times as many."""
     worker_job_loop: Literal["event", "sdk"] = "event"
     """Which loop takes jobs from the queue: the worker's own, or the SDK's."""
     allow_control_routes: Boolean = False
     """Whether jobs may call every route of the engine, LoRA loading and profiling included."""
-    vllm_extra_args: str = ""
+    vllm_extra_args: str = Field(default="", repr=False)
     """Flags as on a command line, appended last."""
-    runpod_webhook_get_job: str | None = None
-    """Where the platform gives jobs; RunPod sets it, and without it one local job is run."""
+    runpod_webhook_get_job: str | None = Field(default=None, repr=False)
+    """Where the platform gives jobs; RunPod sets it."""
+    runpod_pod_id: str | None = None
+    """The worker's name on RunPod, which sets it."""
+    log_format: Annotated[Literal["json", "text"], BeforeValidator(_lower)] = "json"
+    """Of every line: the worker's, vLLM's and the SDK's."""
+    log_prompts: Boolean = False
+    """Whether prompts and completions are written to the log."""
+    vllm_logging_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
+    """Of vLLM's lines."""
+    otel_exporter_otlp_endpoint: str | None = None
+    """Where traces go; by default nowhere."""
+    otel_exporter_otlp_protocol: Literal["grpc", "http/protobuf"] = "grpc"
+    """How traces go there."""
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
     """Of the worker's own lines."""
+
+    @field_validator("worker_api_key", mode="before")
+    @classmethod
+    def _split(cls, text: Any) -> Any:
+        return tuple(filter(None, map(str.strip, text.split(",")))) if isinstance(text, str) else text
+
+    def public(self) -> dict[str, Any]:
+        """Return every setting that is no secret."""
+        return {
+            name: getattr(self, name) if field.repr else "***"
+            for name, field in type(self).model_fields.items()
+            if field.repr or getattr(self, name)
+        }
+
+    @property
+    def mode(self) -> Literal["queue", "http", "local"]:
+        """How jobs arrive."""
+        if self.worker_mode != "auto":
+            return self.worker_mode
+        return "queue" if self.runpod_webhook_get_job else "http" if self.port else "local"
+
+    @property
+    def http_port(self) -> int:
+        """Where HTTP is served."""
+        return self.port or (80 if self.runpod_pod_id else 8000)
+
+    @property
+    def otlp_traces_endpoint(self) -> str | None:
+        """Where traces go, as vLLM wants it: over HTTP with the path that OpenTelemetry leaves to the client."""
+        endpoint = self.otel_exporter_otlp_endpoint
+        if endpoint and self.otel_exporter_otlp_protocol == "http/protobuf":
+            return f"{endpoint.rstrip('/')}/v1/traces"
+        return endpoint
 
 
 LIBRARY_DEFAULTS = {
@@ -97,6 +163,7 @@ LIBRARY_DEFAULTS = {
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
+    "OTEL_SERVICE_NAME": "runpod-vllm-worker",
 }
 """What vLLM and the SDK are told unless the user says otherwise.
 
@@ -106,8 +173,12 @@ public address; a model that has just generated a token proves more.
 
 
 def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return those of `LIBRARY_DEFAULTS` that the environment does not set."""
-    return {name: value for name, value in LIBRARY_DEFAULTS.items() if name not in environ}
+    """Return what the environment does not set of what vLLM and the SDK should be told."""
+    defaults = dict(LIBRARY_DEFAULTS)
+    if protocol := environ.get("OTEL_EXPORTER_OTLP_PROTOCOL"):
+        # The only one of OpenTelemetry's two names that vLLM reads.
+        defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
+    return {name: value for name, value in defaults.items() if name not in environ}
 
 
 def load(environ: Mapping[str, str]) -> Settings:

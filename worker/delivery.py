@@ -9,6 +9,7 @@ id in a header that all jobs of the worker share.
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,13 @@ class Delivery:
     session: aiohttp.ClientSession
     stream_url: str
     done_url: str
+    posted: Callable[[], None]
+    """Is told of every part of a stream that is posted."""
 
     async def stream(self, job_id: str, output: Any) -> None:
         """Post one yield."""
         await self._post(f"{self.stream_url.replace('$ID', job_id)}&isStream=false", job_id, {"output": output})
+        self.posted()
 
     async def done(self, job_id: str, result: dict[str, Any]) -> None:
         """Post a job's end: `{"output": [every yield]}` or `{"error": text}`."""

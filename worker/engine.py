@@ -7,15 +7,17 @@ runs in the loop that serves, once. Checked against vLLM 0.32.0; tests/test_drif
 import argparse
 import asyncio
 import base64
-import functools
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import vllm
 from PIL import Image
 from starlette.applications import Starlette
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -39,14 +41,14 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+from vllm.v1.metrics.stats import RequestStateStats
 
 from worker import config
 from worker.asgi import App, Request, exchange
 from worker.errors import ConfigurationError, Json, StartupError
+from worker.meter import metered
 from worker.pace import Pace, paced
-from worker.usage import Usage, metered
 
 log = logging.getLogger(__name__)
 
@@ -66,18 +68,20 @@ class _Parser(FlexibleArgumentParser):
 
 
 class _Client(AsyncLLM):
-    """vLLM's client, which also counts the tokens of the calling job's requests and keeps its pace."""
+    """vLLM's client, which also tells the calling job's meter of its requests and keeps its pace."""
 
-    async def add_request(self, *args: Any, **kwargs: Any) -> RequestOutputCollector:
-        collector = await super().add_request(*args, **kwargs)
+    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
+        collector = await super().add_request(request_id, prompt, *args, **kwargs)
+        meter, pace = metered.get(), paced.get()
+        if meter is None:
+            return collector
+        paces = pace is not None and collector.aggregate
+        collector = _PacedCollector(collector, pace) if paces and pace else _Collector(collector)
         states = self._states(collector.request_id)
-        if (meter := metered.get()) is not None:
-            for index, state in enumerate(states):
-                meter.add(functools.partial(_usage, 0 if index else state.prompt_len, state.detokenizer))
-        if (pace := paced.get()) is not None and collector.aggregate:
-            collector = _PacedCollector(collector, pace)
-            for state in states:
-                state.queue = collector
+        for state in states:
+            state.queue = collector
+        media = prompt.get("mm_placeholders", {}) if isinstance(prompt, dict) else {}
+        meter.add(_Request(states, collector, {modality: len(items) for modality, items in media.items()}))
         return collector
 
     def _states(self, request_id: str) -> list[RequestState]:
@@ -87,15 +91,29 @@ class _Client(AsyncLLM):
         return [state for state in states if state is not None]
 
 
-class _PacedCollector(RequestOutputCollector):
+class _Collector(RequestOutputCollector):
+    """Collects a request's outputs in the place of vLLM's own collector, and remembers why the request ended."""
+
+    def __init__(self, taken_over: RequestOutputCollector) -> None:
+        kind = RequestOutputKind.DELTA if taken_over.aggregate else RequestOutputKind.CUMULATIVE
+        super().__init__(kind, taken_over.request_id)
+        self.finish_reason: str | None = None
+        if taken_over.output is not None:
+            self.put(taken_over.output)
+
+    def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+        super().put(output)
+        if isinstance(output, RequestOutput) and output.finished and output.outputs:
+            self.finish_reason = output.outputs[-1].finish_reason
+
+
+class _PacedCollector(_Collector):
     """Gives a request's outputs at a job's pace: vLLM merges what comes in between. The last is given at once."""
 
     def __init__(self, taken_over: RequestOutputCollector, pace: Pace) -> None:
-        super().__init__(RequestOutputKind.DELTA, taken_over.request_id)
         self._pace = pace
         self._ended = asyncio.Event()
-        if taken_over.output is not None:
-            self.put(taken_over.output)
+        super().__init__(taken_over)
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
         super().put(output)
@@ -116,9 +134,46 @@ class _PacedCollector(RequestOutputCollector):
         return output
 
 
-def _usage(prompt_tokens: int, detokenizer: IncrementalDetokenizer | None) -> Usage:
-    """Return a request's tokens so far; one that pools has nothing to detokenize."""
-    return Usage(prompt_tokens, detokenizer.num_output_tokens() if detokenizer else 0)
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What vLLM knows of a request and, with n > 1, of its siblings; an `EngineRequest`.
+
+    Times are there unless `DISABLE_LOG_STATS` is set; vLLM tells those of the queue by a clock of its own.
+    """
+
+    states: Sequence[RequestState]
+    collector: _Collector
+    media: Mapping[str, int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.states[0].prompt_len if self.states else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(state.detokenizer.num_output_tokens() for state in self.states if state.detokenizer)
+
+    @property
+    def adapter(self) -> str | None:
+        return self.states[0].lora_name if self.states else None
+
+    @property
+    def queue_seconds(self) -> float | None:
+        waits = [stats.scheduled_ts - stats.queued_ts for stats in self._stats if stats.scheduled_ts]
+        return max(waits, default=None)
+
+    @property
+    def first_token_at(self) -> float | None:
+        times = [stats.arrival_time + stats.first_token_latency for stats in self._stats if stats.first_token_latency]
+        return min(times, default=None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.collector.finish_reason
+
+    @property
+    def _stats(self) -> list[RequestStateStats]:
+        return [state.stats for state in self.states if state.stats]
 
 
 class _Liveness:
@@ -147,6 +202,15 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
         validate_api_server_args(args)
     except (argparse.ArgumentError, *REFUSALS) as error:
         raise ConfigurationError(_sentence(error)) from error
+    if (args.enable_log_requests or args.enable_log_outputs) and not settings.log_prompts:
+        raise ConfigurationError(
+            "ENABLE_LOG_REQUESTS and ENABLE_LOG_OUTPUTS write what users say to the log. "
+            "Set LOG_PROMPTS=true if that is wanted; it implies both."
+        )
+    args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
+    args.otlp_traces_endpoint = settings.otlp_traces_endpoint
+    # Keys are checked before a request comes here. None would have vLLM look for one in the environment.
+    args.api_key = [""]
     # vLLM itself looks at this one only after the model has been loaded.
     reasoning_parsers = ReasoningParserManager.list_registered()
     if args.reasoning_parser and args.reasoning_parser not in reasoning_parsers:
@@ -258,6 +322,24 @@ class Engine:
     def _takes_images(self) -> bool:
         processor = self.client.renderer.mm_processor
         return processor is not None and processor.info.allowed_mm_limits.get("image", 0) > 0
+
+    def describe(self) -> Json:
+        """Return what is worth knowing about the model and how it runs."""
+        config_ = self.client.vllm_config
+        model, parallel = config_.model_config, config_.parallel_config
+        processor = self.client.renderer.mm_processor
+        return {
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
+            "served_names": self.args.served_model_name,
+            "max_model_len": model.max_model_len,
+            "max_num_seqs": config_.scheduler_config.max_num_seqs,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "media_limits": dict(processor.info.allowed_mm_limits) if processor else {},
+            "tensor_parallel_size": parallel.tensor_parallel_size,
+            "pipeline_parallel_size": parallel.pipeline_parallel_size,
+            "data_parallel_size": parallel.data_parallel_size,
+        }
 
     def shutdown(self) -> None:
         """End the engine's processes."""

@@ -1,6 +1,10 @@
 """Everything that may go wrong in words that a caller or an operator can act on."""
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
+
+from worker.routes import ROUTES
 
 Json = dict[str, Any]
 
@@ -30,6 +34,8 @@ class JobError(WorkerError):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "InternalServerError"
+    headers: Mapping[str, str] = MappingProxyType({})
+    """What an HTTP answer carries besides."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -42,6 +48,11 @@ class JobError(WorkerError):
     def body(self) -> Json:
         """Return the body of an HTTP answer with this error."""
         return {"error": self.error()}
+
+    @property
+    def http_status(self) -> int:
+        """The status of that answer."""
+        return self.status
 
 
 class InvalidRequestError(JobError):
@@ -56,6 +67,78 @@ class RouteNotFoundError(JobError):
 
     status = 404
     type = "NotFoundError"
+
+    def __init__(self, path: str, routes: Iterable[str] = ROUTES) -> None:
+        super().__init__(f"No route {path!r}. Routes: {', '.join(routes)}.")
+
+
+class MethodNotAllowedError(JobError):
+    """The route is there, for another method."""
+
+    status = 405
+    type = "BadRequestError"
+
+    def __init__(self, method: str, expected: str, path: str) -> None:
+        super().__init__(f"{path!r} is called with {expected}, not with {method}.")
+        self.headers = MappingProxyType({"allow": expected})
+
+
+class UnauthorizedError(JobError):
+    """The caller has no key, or a wrong one."""
+
+    status = 401
+    type = "AuthenticationError"
+    headers = MappingProxyType({"www-authenticate": "Bearer"})
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The API key is missing or wrong. Send one of WORKER_API_KEY's as 'Authorization: Bearer KEY'."
+        )
+
+
+class BodyTooLargeError(JobError):
+    """The body is larger than the worker reads."""
+
+    status = 413
+    type = "BadRequestError"
+    headers = MappingProxyType({"connection": "close"})
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The body has more than MAX_REQUEST_BYTES={limit} bytes. Send media as links, or smaller, or raise it."
+        )
+
+
+class BodyTooSlowError(JobError):
+    """The body did not arrive in time."""
+
+    status = 408
+    type = "TimeoutError"
+    headers = MappingProxyType({"connection": "close"})
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The body did not arrive within {seconds:g} s.")
+
+
+class BusyError(JobError):
+    """The worker has as many requests as it takes."""
+
+    status = 429
+    type = "RateLimitError"
+    headers = MappingProxyType({"retry-after": "1"})
+
+    def __init__(self, running: int) -> None:
+        super().__init__(
+            f"The worker has {running} requests, as many as MAX_CONCURRENCY and MAX_QUEUE allow. Try again in a second."
+        )
+
+
+class UnavailableError(JobError):
+    """The worker cannot answer now: it is loading its model, leaving, or its engine is dead."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+    headers = MappingProxyType({"retry-after": "5"})
 
 
 class JobTimeoutError(JobError):
@@ -93,3 +176,8 @@ class EngineResponseError(JobError):
     def body(self) -> Json:
         """Return the engine's body unchanged."""
         return self._body
+
+    @property
+    def http_status(self) -> int:
+        """The engine's status."""
+        return self._status if isinstance(self._status, int) else self.status

@@ -8,7 +8,6 @@ Shapes, told apart by the key that each must have:
 - `prompt`: a completion, or a chat about the `image`, `images`, `video`, `videos` beside it.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,41 +15,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from worker import media_url
 from worker.errors import InvalidRequestError, Json, RouteNotFoundError
+from worker.routes import OWN_ROUTES, Method, method_of
 
-Method = Literal["GET", "POST"]
 StreamForm = Literal["sse", "objects"]
-
-ROUTES: dict[str, Method] = {
-    "/v1/chat/completions": "POST",
-    "/v1/chat/completions/batch": "POST",
-    "/v1/chat/completions/render": "POST",
-    "/v1/chat/completions/derender": "POST",
-    "/v1/completions": "POST",
-    "/v1/completions/render": "POST",
-    "/v1/completions/derender": "POST",
-    "/v1/responses": "POST",
-    "/v1/responses/render": "POST",
-    "/v1/responses/{id}": "GET",
-    "/v1/responses/{id}/cancel": "POST",
-    "/v1/messages": "POST",
-    "/v1/messages/render": "POST",
-    "/v1/messages/count_tokens": "POST",
-    "/v1/embeddings": "POST",
-    "/v1/score": "POST",
-    "/v1/rerank": "POST",
-    "/v1/systemone": "POST",
-    "/v1/audio/transcriptions": "POST",
-    "/v1/audio/translations": "POST",
-    "/v1/models": "GET",
-    "/tokenize": "POST",
-    "/detokenize": "POST",
-    "/health": "GET",
-    "/metrics": "GET",
-    "/version": "GET",
-}
-"""The engine's inference routes; `{id}` stands for one path segment. All others need `control_routes`."""
-
-_PATTERNS = [(re.compile(re.sub(r"\{id\}", "[^/]+", path)), method) for path, method in ROUTES.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +122,8 @@ def parse(job_input: object, control_routes: bool = False) -> ApiCall:
         call = shape.model_validate(job_input).call()
     except ValidationError as error:
         raise _explained(error, shape) from None
-    if not control_routes and _method_of(call.path) is None:
-        raise RouteNotFoundError(f"No route {call.path!r}. Routes: {', '.join(ROUTES)}.")
+    if not control_routes and method_of(call.path) is None and call.path not in OWN_ROUTES:
+        raise RouteNotFoundError(call.path)
     return call
 
 
@@ -200,13 +167,9 @@ def _json_type(value: object) -> str:
 
 def _route_call(route: str, body: Json | None, method: Method | None = None) -> ApiCall:
     path, _, query = f"/{route.lstrip('/')}".partition("?")
-    method = method or _method_of(path) or ("GET" if body is None else "POST")
+    method = method or method_of(path) or ("GET" if body is None else "POST")
     # A POST without a body is told which field it lacks, not that its media type is wrong.
     return ApiCall(method, path, query, body if body is not None or method == "GET" else {})
-
-
-def _method_of(path: str) -> Method | None:
-    return next((method for pattern, method in _PATTERNS if pattern.fullmatch(path)), None)
 
 
 def _named(name: str, one: str | None, several: list[str] | None) -> list[tuple[str, str]]:

@@ -35,18 +35,25 @@ INSTANT_SECONDS = 0.2
 log = logging.getLogger(__name__)
 
 
-def install(runner: asyncio.Runner, died: Callable[[], Coroutine[Any, Any, object]]) -> None:
+def install(
+    runner: asyncio.Runner, died: Callable[[], Coroutine[Any, Any, object]], posted: Callable[[], None]
+) -> None:
     """Make the SDK run its worker with `JobLoop`, in the loop of `runner`, until `died()` returns."""
-    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, died=died)
+    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, died=died, posted=posted)
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     """Takes and runs jobs; `config` is what `runpod.serverless.start` was given."""
 
     def __init__(
-        self, config: dict[str, Any], runner: asyncio.Runner, died: Callable[[], Coroutine[Any, Any, object]]
+        self,
+        config: dict[str, Any],
+        runner: asyncio.Runner,
+        died: Callable[[], Coroutine[Any, Any, object]],
+        posted: Callable[[], None],
     ) -> None:
         super().__init__(config)
+        self._posted = posted
         self._runner = runner
         self._died = died
         self._slots: int = self.concurrency_modifier(1)
@@ -82,7 +89,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
     async def get_jobs(self, session: aiohttp.ClientSession) -> None:
         """Ask for as many jobs as there are free slots, for as long as the worker lives."""
-        delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL)
+        delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL, self._posted)
 
         async def take() -> list[Job] | None:
             free = await self._free_slots()

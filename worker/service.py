@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from worker.asgi import App, Request, Response, exchange
 from worker.config import Settings
 from worker.errors import EngineResponseError, InternalError, JobError, JobTimeoutError, Json
 from worker.pace import Pace, paced
-from worker.usage import Meter, metered
+from worker.telemetry import Record, Telemetry
 
 T = TypeVar("T")
 Job = dict[str, Any]
@@ -25,9 +24,10 @@ log = logging.getLogger(__name__)
 class Service:
     """Answers jobs through an engine's ASGI app, which `attach` gives once the event loop runs."""
 
-    def __init__(self, attach: Callable[[], Awaitable[App]], settings: Settings) -> None:
+    def __init__(self, attach: Callable[[], Awaitable[App]], settings: Settings, telemetry: Telemetry) -> None:
         self._attach = attach
         self._settings = settings
+        self._telemetry = telemetry
 
     async def handler(self, job: Job) -> AsyncGenerator[Output, None]:
         """Yield a job's output; RunPod's generator handler.
@@ -36,54 +36,45 @@ class Service:
         objects. The last yield of a job that failed is `{"error": JSON text}`, by which the SDK marks it FAILED;
         where the caller reads SSE text it is an error event, since the stream is all that RunPod's proxy relays.
         """
-        request_id = str(job.get("id"))
-        form = jobs.stream_form(job.get("input"))
-        started = time.monotonic()
-        meter = Meter()
-        outcome = "cancelled"
-        try:
-            async with aclosing(self._answer(job.get("input"), form, request_id, meter)) as outputs:
-                async for output in outputs:
+        job_input = job.get("input")
+        form = jobs.stream_form(job_input)
+        with self._telemetry.job(str(job.get("id"))) as record:
+            try:
+                async with aclosing(self._answer(job_input, form, record)) as outputs:
+                    async for output in outputs:
+                        yield output
+            except JobError as error:
+                record.ended_with(error.http_status)
+                for output in _failure(error, form):
                     yield output
-            outcome = "ok"
-        except JobError as error:
-            outcome = f"failed, {error.error()['code']} {error.error()['type']}"
-            for output in _failure(error, form):
-                yield output
-        except Exception:
-            outcome = "failed"
-            log.exception("Job %s failed", request_id)
-            for output in _failure(InternalError(request_id), form):
-                yield output
-        finally:
-            used = meter.read()
-            log.info(
-                "Job %s %s after %.3f s, %d tokens in, %d out",
-                request_id,
-                outcome,
-                time.monotonic() - started,
-                used.prompt_tokens,
-                used.completion_tokens,
-            )
+            except Exception:
+                record.ended_with(InternalError.status)
+                log.exception("Job %s failed", record.request_id)
+                for output in _failure(InternalError(record.request_id), form):
+                    yield output
 
     async def _answer(
-        self, job_input: object, form: jobs.StreamForm | None, request_id: str, meter: Meter
+        self, job_input: object, form: jobs.StreamForm | None, record: Record
     ) -> AsyncGenerator[Output, None]:
         call = jobs.parse(job_input, self._settings.allow_control_routes)
+        record.path = call.path
         limit = _TimeLimit(self._settings.request_timeout)
         async with AsyncExitStack() as stack:
             app = await self._attach()
-            metered.set(meter)
             paced.set(Pace(self._settings.stream_batch_ms / 1000) if self._settings.stream_batch_ms else None)
-            opening = exchange(app, _request(call, request_id))
+            opening = exchange(app, _request(call, record.request_id))
             response = await limit.apply(stack.enter_async_context(opening))
             if response.status >= 400:
                 raise _error(response.status, await response.read_all())
-            if not response.is_event_stream:
+            record.stream = response.is_event_stream
+            if not record.stream:
                 yield _value(response, await limit.apply(response.read_all()))
+                record.ended_with(response.status)
                 return
+            status = response.status
             async for batch in _batches(response, limit):
                 if form == "sse":
+                    status = sse.status_of(batch) or status
                     yield b"".join(batch).decode()
                     continue
                 chunks, error = _chunks(batch)
@@ -91,6 +82,7 @@ class Service:
                     yield chunks
                 if error:
                     raise error
+            record.ended_with(status)
 
 
 class _TimeLimit:

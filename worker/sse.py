@@ -65,6 +65,19 @@ def payload(event: bytes) -> Any | None:
     return None if data in (b"", b"[DONE]") else json.loads(data)
 
 
+def status_of(events: Iterable[bytes]) -> int | None:
+    """Return the HTTP status that an error among the events of an engine's stream would have; None without one."""
+    for one in events:
+        if one.startswith(_ERROR_STARTS):
+            error = (payload(one) or {}).get("error") or {}
+            code = error.get("code")
+            return code if isinstance(code, int) else 500
+    return None
+
+
+_ERROR_STARTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
+
+
 def event(value: Any, name: str | None = None) -> bytes:
     """Return one event, named or not, whose data is `value` as JSON."""
     head = f"event: {name}\n" if name else ""

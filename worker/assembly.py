@@ -1,0 +1,77 @@
+"""The worker's parts, put together: what every mode needs, whichever way jobs arrive."""
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from worker import gpu, weights
+from worker.asgi import App
+from worker.config import Settings
+from worker.ledger import Ledger
+from worker.monitor import Monitor
+from worker.status import Status
+from worker.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from worker.engine import Engine
+
+
+class Worker:
+    """One engine, and what is told of it. Load it first, outside of any loop; attach it in the loop that serves."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.status = Status()
+        self.telemetry = Telemetry(settings.model_name)
+        self.ledger = Ledger()
+        self.monitor = Monitor(self.status, self.telemetry, settings, self.ledger)
+        self._engine: Engine | None = None
+        self._app: App | None = None
+        self.ledger.enter("python", time.time() - psutil.Process().create_time())
+
+    @property
+    def engine(self) -> "Engine":
+        """The engine; there is none before `load`."""
+        if self._engine is None:
+            raise RuntimeError("the engine is not loaded")
+        return self._engine
+
+    @property
+    def concurrency(self) -> int:
+        """Jobs to run at once."""
+        return self.settings.max_concurrency or self.engine.concurrency
+
+    def load(self) -> None:
+        """Find the weights and load the engine.
+
+        Raises:
+            StartupError: that cannot be done.
+        """
+        with self.ledger.phase("weights"):
+            snapshot = weights.resolve(self.settings)
+        with self.ledger.phase("imports"):
+            from worker.engine import Engine, parse_arguments
+        with self.ledger.phase("configuration"):
+            args = parse_arguments(os.environ, self.settings, snapshot)
+        with self.ledger.phase("engine"):
+            self._engine = Engine.load(args)
+        gpu.register(self.telemetry.registry)
+
+    async def attach(self) -> App:
+        """Return the worker's API as an ASGI app; it is made at the first call, in the loop that serves."""
+        if self._app is None:
+            began = time.monotonic()
+            app = await self.engine.attach()
+            if self._app is None:
+                self.ledger.enter("attach", time.monotonic() - began)
+                self.ledger.enter("total", self.status.uptime + self.ledger.seconds["python"])
+                self.status.ready(self.engine.describe(), lambda: self.engine.is_dead)
+                self._app = self.monitor.over(app)
+        return self._app
+
+    def shutdown(self) -> None:
+        """End the engine's processes, if there are any."""
+        if self._engine is not None:
+            self._engine.shutdown()

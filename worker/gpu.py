@@ -1,0 +1,48 @@
+"""The GPUs' memory and utilization, asked of NVML at every scrape; without a GPU there is nothing to tell."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pynvml
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+
+class GpuCollector(Collector):
+    """Metrics of every GPU that the driver shows; `nvml` is the library, initialized."""
+
+    def __init__(self, nvml: Any = pynvml) -> None:
+        self._nvml = nvml
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield one family for each figure, a sample for each GPU."""
+        used = GaugeMetricFamily("worker_gpu_memory_used_bytes", "Memory in use.", labels=["gpu"])
+        total = GaugeMetricFamily("worker_gpu_memory_total_bytes", "Memory.", labels=["gpu"])
+        busy = GaugeMetricFamily("worker_gpu_utilization_ratio", "Share of time in which a kernel ran.", labels=["gpu"])
+        for index in range(self._nvml.nvmlDeviceGetCount()):
+            device = self._nvml.nvmlDeviceGetHandleByIndex(index)
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(device)
+            used.add_metric([str(index)], memory.used)
+            total.add_metric([str(index)], memory.total)
+            busy.add_metric([str(index)], self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
+        yield from (used, total, busy)
+
+
+def installed() -> list[dict[str, Any]]:
+    """Return every GPU's name and memory in bytes."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    return [
+        {"name": pynvml.nvmlDeviceGetName(device), "memory": pynvml.nvmlDeviceGetMemoryInfo(device).total}
+        for device in devices
+    ]
+
+
+def register(registry: CollectorRegistry = REGISTRY) -> None:
+    """Add the GPUs' metrics to the registry where there is a driver."""
+    if installed():
+        registry.register(GpuCollector())

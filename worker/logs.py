@@ -1,0 +1,55 @@
+"""How log lines look: the worker's, vLLM's in all its processes, and the SDK's, in one form, on stderr.
+
+stdout is left to a local run's result.
+"""
+
+import logging
+from typing import Any, Literal
+
+Format = Literal["json", "text"]
+
+PROMPT_LOGGER = "vllm.entrypoints.serve.utils.request_logger"
+"""The logger to which vLLM tells prompts and completions, at its DEBUG level, when it is asked to log requests."""
+
+_FORMATTERS: dict[Format, dict[str, Any]] = {
+    "json": {
+        "()": "pythonjsonlogger.json.JsonFormatter",
+        "fmt": "%(levelname)s %(name)s %(process)d %(message)s",
+        "rename_fields": {
+            "levelname": "level",
+            "name": "logger",
+            "process": "pid",
+            "vllm_process_name": "process",
+            "exc_info": "traceback",
+        },
+        "timestamp": True,
+        "json_ensure_ascii": False,
+    },
+    "text": {"format": "%(levelname)-7s %(asctime)s %(name)s: %(message)s"},
+}
+
+
+def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) -> dict[str, Any]:
+    """Return a dictionary for `logging.config.dictConfig`, plain enough to be a JSON file that vLLM reads."""
+    # The SDK tells every job's input and output at its DEBUG level.
+    sdk_level = "INFO" if level == "DEBUG" and not log_prompts else level
+    levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level}
+    if log_prompts:
+        levels[PROMPT_LOGGER] = "DEBUG"
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": _FORMATTERS[form]},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+        "loggers": {name: {"level": level} for name, level in levels.items()},
+        "root": {"handlers": ["stderr"], "level": "WARNING"},
+    }
+
+
+def log_for_sdk(_sdk_logger: object, message: object, message_level: str = "INFO", job_id: str | None = None) -> None:
+    """Stand in for the SDK's `RunPodLogger.log`, which prints to stdout in two forms of its own."""
+    level = _SDK_LEVELS.get(message_level, logging.INFO)
+    logging.getLogger("runpod").log(level, "%s", message, extra={"request_id": job_id} if job_id else None)
+
+
+_SDK_LEVELS = {"TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "WARN": logging.WARNING, "ERROR": logging.ERROR}

@@ -1,0 +1,312 @@
+"""HTTP mode: vLLM's routes behind a gate, on ports that listen before the model is there.
+
+The server runs in a thread with a loop of its own, because loading keeps the main thread busy; the engine is attached
+in that loop. What the gate lets through goes to vLLM's app as it is, and what comes back is vLLM's own answer.
+"""
+
+import asyncio
+import hmac
+import json
+import socket
+import threading
+import uuid
+from collections.abc import Coroutine, Iterable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import uvicorn
+import uvloop
+
+from worker import sse
+from worker.asgi import App, Message, Receive, Send
+from worker.config import Settings
+from worker.errors import (
+    BodyTooLargeError,
+    BodyTooSlowError,
+    BusyError,
+    ConfigurationError,
+    JobError,
+    JobTimeoutError,
+    MethodNotAllowedError,
+    RouteNotFoundError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from worker.monitor import Monitor
+from worker.routes import OWN_ROUTES, method_of
+from worker.status import State, Status
+from worker.telemetry import Record, Telemetry
+
+T = TypeVar("T")
+Headers = dict[bytes, bytes]
+
+BODY_SECONDS = 60.0
+DRAIN_SECONDS = 30.0
+KEEP_ALIVE_SECONDS = 75
+"""Longer than a load balancer keeps a connection, so that it never sends into one that has just been closed."""
+
+UNPROTECTED = ("/ping", "/health")
+WHY_NOT: dict[State, str] = {
+    "loading": "The worker is loading its model. Try again in a few seconds.",
+    "draining": "The worker is leaving. Try again: another one will answer.",
+    "dead": "The worker's engine has died. Try again: another one will answer.",
+}
+
+
+class Gate:
+    """Checks a request before the engine sees it, and keeps its record. An ASGI app."""
+
+    def __init__(
+        self, monitor: Monitor, status: Status, telemetry: Telemetry, settings: Settings, *, offers_engine: bool = True
+    ) -> None:
+        self._monitor = monitor
+        self._status = status
+        self._telemetry = telemetry
+        self._settings = settings
+        self._offers_engine = offers_engine
+        self._keys = [key.encode() for key in settings.worker_api_key]
+        self._engine: App | None = None
+        self._capacity = 0
+        self.running = 0
+        """Requests that the engine has now."""
+
+    def open(self, engine: App, concurrency: int) -> None:
+        """Let requests through to the engine, which runs so many at once; some more may wait."""
+        waiting = self._settings.max_queue
+        self._engine = engine
+        self._capacity = concurrency + (4 * concurrency if waiting is None else waiting)
+
+    async def drained(self, seconds: float = DRAIN_SECONDS) -> None:
+        """Wait until the engine has no more requests, but not for longer than so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.running:  # noqa: ASYNC110 - it ends the worker, once
+                    await asyncio.sleep(0.05)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # A websocket that is closed before it is accepted is answered with 403.
+            return await send({"type": "websocket.close"})
+        headers: Headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        reply = _Reply(send, request_id)
+        try:
+            await self._answer(scope, headers, receive, reply)
+        except JobError as error:
+            await reply.fail(error)
+
+    async def _answer(self, scope: Message, headers: Headers, receive: Receive, reply: "_Reply") -> None:
+        method, path = scope["method"], scope["path"]
+        if path not in UNPROTECTED and method != "OPTIONS":
+            self._authorize(headers)
+        if path in (*OWN_ROUTES, "/openapi.json"):
+            _check_method(method, "GET", path)
+            return await self._monitor(scope, receive, reply.send)
+        self._check_route(method, path)
+        engine = self._ready_engine()
+        body = await _read(receive, headers, self._settings.max_request_bytes)
+        self._check_capacity()
+        with self._telemetry.job(reply.request_id, path) as record:
+            self.running += 1
+            try:
+                await self._ask(engine, scope, body, receive, reply.kept_in(record))
+            except JobError as error:
+                record.ended_with(error.status)
+                raise
+            finally:
+                self.running -= 1
+        return None
+
+    async def _ask(self, engine: App, scope: Message, body: bytes, receive: Receive, reply: "_Reply") -> None:
+        named = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
+        headers = [*named, (b"x-request-id", reply.request_id.encode("latin-1"))]
+        given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def received() -> Message:
+            if given:
+                return given.pop()
+            message = await receive()
+            reply.gone = reply.gone or message["type"] == "http.disconnect"
+            return message
+
+        seconds = self._settings.request_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await engine({**scope, "headers": headers}, received, reply.send)
+        except TimeoutError:
+            if seconds is None:
+                raise
+            raise JobTimeoutError(seconds) from None
+
+    def _authorize(self, headers: Headers) -> None:
+        if not self._keys:
+            return
+        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+        # Anthropic's clients send theirs in a header of its own, as does whoever needs the other one for RunPod's key.
+        given = (bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b""))
+        # No short cut: how long it takes must not tell how much of a key is right.
+        if not sum(hmac.compare_digest(key, one) for key in self._keys for one in given):
+            raise UnauthorizedError
+
+    def _check_route(self, method: str, path: str) -> None:
+        if not self._offers_engine:
+            raise RouteNotFoundError(path, OWN_ROUTES)
+        if self._settings.allow_control_routes:
+            return
+        if (expected := method_of(path)) is None:
+            raise RouteNotFoundError(path)
+        _check_method(method, expected, path)
+
+    def _ready_engine(self) -> App:
+        state = self._status.state
+        if self._engine is None or state != "ready":
+            raise UnavailableError(WHY_NOT.get(state, WHY_NOT["loading"]))
+        self._check_capacity()
+        return self._engine
+
+    def _check_capacity(self) -> None:
+        if self.running >= self._capacity:
+            raise BusyError(self.running)
+
+
+def _check_method(method: str, expected: str, path: str) -> None:
+    if method not in (expected, "OPTIONS"):
+        raise MethodNotAllowedError(method, expected, path)
+
+
+class _Reply:
+    """Passes an answer on with the request's id, and keeps in the record how it ended."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self._record: Record | None = None
+        self._status: int | None = None
+        self._streams = False
+        self._complete = False
+        self.gone = False
+        """Whether the client has left."""
+
+    def kept_in(self, record: Record) -> Self:
+        self._record = record
+        return self
+
+    async def send(self, message: Message) -> None:
+        """Take a message from the app."""
+        if message["type"] == "http.response.start":
+            headers = [(name.lower(), value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
+            self._status = message["status"]
+            self._streams = dict(headers).get(b"content-type", b"").startswith(b"text/event-stream")
+            headers.append((b"x-request-id", self.request_id.encode("latin-1")))
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body":
+            if self._streams:
+                self._status = sse.status_of([message.get("body", b"")]) or self._status
+            self._complete = not message.get("more_body", False)
+            if self._complete:
+                self._keep()
+        await self._send(message)
+
+    def _keep(self) -> None:
+        if self._record is not None and self._status is not None and not self.gone:
+            self._record.stream = self._streams
+            self._record.ended_with(self._status)
+
+    async def fail(self, error: JobError) -> None:
+        """Answer with an error: as the body, or as the last event of a stream that has begun."""
+        if self._status is None:
+            body = json.dumps(error.body(), ensure_ascii=False).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+            headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
+            await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+            await self.send({"type": "http.response.body", "body": body})
+        elif self._streams and not self._complete:
+            await self._send({"type": "http.response.body", "body": sse.event(error.body()) + sse.DONE})
+
+
+async def _read(receive: Receive, headers: Headers, limit: int) -> bytes:
+    """Return the whole body.
+
+    Raises:
+        BodyTooLargeError: it has more than `limit` bytes; what is over is not read.
+        BodyTooSlowError: it takes too long.
+    """
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > limit:
+        raise BodyTooLargeError(limit)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise BodyTooLargeError(limit)
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise BodyTooSlowError(BODY_SECONDS) from None
+
+
+class HttpServer:
+    """Serves an app on some ports from a thread of its own, within a `with` block."""
+
+    def __init__(self, app: App, ports: Iterable[int], host: str = "0.0.0.0") -> None:  # noqa: S104 - a container's
+        self._sockets = [_listen(host, port) for port in dict.fromkeys(ports)]
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+
+    @property
+    def ports(self) -> list[int]:
+        """Where it listens."""
+        return [listener.getsockname()[1] for listener in self._sockets]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the server's loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def notify(self, event: asyncio.Event) -> None:
+        """Set an event of the server's loop, from a signal handler too."""
+        self._loop.call_soon_threadsafe(event.set)
+
+    def _serve(self) -> None:
+        with self._runner:
+            self._runner.run(self._server.serve(sockets=self._sockets))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"Port {port} cannot be opened: {error.strerror}. Choose another with PORT, PORT_HEALTH or METRICS_PORT."
+        ) from None
+    return listener
