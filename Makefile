@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check bench endurance cancellation local-endpoint lock model clean
+.PHONY: help setup run test check bench endurance cancellation monitoring local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -54,6 +54,10 @@ endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or
 cancellation: setup ## Measure how soon a cancelled job makes room for the next
 	@$(BIN)/python -m bench.cancellation
 
+monitoring: setup ## Run Prometheus, from Debian's packages, on the scrape configuration and the rules
+	@mkdir -p .prometheus && cd .prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .
+	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(BIN)/python -m pytest tests/test_monitoring.py
+
 lock: setup ## Compile the requirements anew
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \
 	  --override builder/overrides.txt --output-file $(LOCK) builder/requirements-cpu.in
@@ -62,4 +66,4 @@ model: setup ## Train the embedded model anew; the result must be the same
 	@$(BIN)/python tests/models/train_tiny_vlm.py
 
 clean: ## Remove what setup and runs made
-	rm -rf .venv .run.log .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .run.log .prometheus .mypy_cache .ruff_cache .pytest_cache

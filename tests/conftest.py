@@ -1,16 +1,21 @@
-"""One worker with the real engine for the whole session, behind a stand-in for RunPod's platform."""
+"""Workers with the real engine, for the whole session: one behind a stand-in for RunPod's platform, one over HTTP."""
 
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests import tiny
+from tests.collector import Collector
 from tests.standin import StandinServer, WorkerProcess, worker_environment
 
 START_SECONDS = 180
@@ -48,3 +53,76 @@ def _wait_until_ready(server: StandinServer, worker: WorkerProcess, log: Path) -
             code = worker.wait(timeout=0)
             pytest.fail(f"The worker ended with {code} before it was ready:\n{log.read_text()[-4000:]}")
     pytest.fail(f"The worker was not ready after {START_SECONDS} s:\n{log.read_text()[-4000:]}")
+
+
+API_KEY = "key-that-no-log-may-hold"
+
+
+@dataclass
+class HttpWorker:
+    """A worker in HTTP mode."""
+
+    port: int
+    worker: WorkerProcess
+    log: Path
+    collector: Collector
+    pings: list[int] = field(default_factory=list)
+    """The answers of `/ping` until the worker was ready."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def http_worker() -> Iterator[HttpWorker]:
+    """Start `handler.py` in HTTP mode; ready when its `/ping` says so."""
+    with tempfile.TemporaryDirectory() as folder, Collector() as collector:
+        log, port = Path(folder) / "worker.log", free_port()
+        environment = {
+            **tiny.environment(),
+            "PORT": str(port),
+            "WORKER_API_KEY": API_KEY,
+            "HF_TOKEN": "hf_token-that-no-log-may-hold",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        }
+        with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
+            served = HttpWorker(port, worker, log, collector)
+            _ping_until_ready(served)
+            yield served
+            _leave_in_order(served)
+
+
+def _leave_in_order(served: HttpWorker) -> None:
+    """Tell the worker to stop while a stream runs: the stream is finished, and the exit code says that all is well."""
+    body = {"model": "tiny", "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with served.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
+        parts = answer.iter_text()
+        next(parts)
+        served.worker.send_signal(signal.SIGTERM)
+        assert "".join(parts).endswith("data: [DONE]\n\n")
+    assert served.worker.wait(timeout=30) == 0
+
+
+def _ping_until_ready(served: HttpWorker) -> None:
+    for _ in range(5 * START_SECONDS):
+        time.sleep(0.2)
+        with suppress(httpx.TransportError):
+            served.pings.append(httpx.get(f"{served.url}/ping", timeout=10).status_code)
+            if served.pings[-1] == 200:
+                return
+        with suppress(subprocess.TimeoutExpired):
+            code = served.worker.wait(timeout=0)
+            pytest.fail(f"The worker ended with {code} before it was ready:\n{served.log.read_text()[-4000:]}")
+    pytest.fail(f"The worker was not ready after {START_SECONDS} s:\n{served.log.read_text()[-4000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -14,7 +14,8 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from tests import tiny
 from tests.tiny import MODEL
 from worker import config
-from worker.engine import _PacedCollector, parse_arguments
+from worker.engine import parse_arguments
+from worker.engine.client import PacedCollector
 from worker.errors import ConfigurationError
 from worker.pace import Pace
 
@@ -75,14 +76,14 @@ def part(text: str, finished: bool = False) -> RequestOutput:
     return RequestOutput("request", "prompt", [1], None, [completion], finished)
 
 
-def collector(*early: RequestOutput) -> _PacedCollector:
+def collector(*early: RequestOutput) -> PacedCollector:
     taken_over = RequestOutputCollector(RequestOutputKind.DELTA, "request")
     for output in early:
         taken_over.put(output)
-    return _PacedCollector(taken_over, Pace(60.0))
+    return PacedCollector(taken_over, Pace(60.0))
 
 
-async def text_of(paced: _PacedCollector) -> str:
+async def text_of(paced: PacedCollector) -> str:
     async with asyncio.timeout(10):
         output = await paced.get()
     assert isinstance(output, RequestOutput)
@@ -106,7 +107,7 @@ def test_the_first_output_is_given_at_once_and_the_rest_as_one_at_the_end() -> N
 
 def test_an_output_whose_window_has_passed_is_given_at_once() -> None:
     async def run() -> list[str]:
-        paced = _PacedCollector(RequestOutputCollector(RequestOutputKind.DELTA, "request"), Pace(0.001))
+        paced = PacedCollector(RequestOutputCollector(RequestOutputKind.DELTA, "request"), Pace(0.001))
         texts = []
         for letter in "abc":
             paced.put(part(letter))

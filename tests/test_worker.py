@@ -420,7 +420,7 @@ def test_a_job_cancelled_while_its_image_is_fetched_leaves_the_link(endpoint: En
             connection.settimeout(20)
             assert connection.recv(4096)
             job.cancel()
-            assert "cancelled" in log_of(endpoint, job.job_id)
+            assert line_of(endpoint, job.job_id)["outcome"] == "cancelled"
             assert connection.recv(4096) == b""
 
 

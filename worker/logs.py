@@ -11,6 +11,9 @@ Format = Literal["json", "text"]
 PROMPT_LOGGER = "vllm.entrypoints.serve.utils.request_logger"
 """The logger to which vLLM tells prompts and completions, at its DEBUG level, when it is asked to log requests."""
 
+LINK_LOGGER = "vllm.connections"
+"""The logger to which vLLM tells links to media, with whatever key is in their query, as warnings."""
+
 _FORMATTERS: dict[Format, dict[str, Any]] = {
     "json": {
         "()": "pythonjsonlogger.json.JsonFormatter",
@@ -33,7 +36,7 @@ def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) 
     """Return a dictionary for `logging.config.dictConfig`, plain enough to be a JSON file that vLLM reads."""
     # The SDK tells every job's input and output at its DEBUG level.
     sdk_level = "INFO" if level == "DEBUG" and not log_prompts else level
-    levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level}
+    levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level, LINK_LOGGER: "ERROR"}
     if log_prompts:
         levels[PROMPT_LOGGER] = "DEBUG"
     return {

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 
 class EngineRequest(Protocol):
@@ -38,11 +39,25 @@ class EngineRequest(Protocol):
         """Why it ended: `stop`, `length`, …; None while it has not, or was aborted."""
 
 
+Rejection = Literal["too_large", "refused_by_server", "invalid", "unreachable", "timeout"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One link to an image, a video or so on, fetched or not."""
+
+    seconds: float
+    size: int = 0
+    """In bytes."""
+    rejection: Rejection | None = None
+
+
 class Meter:
-    """Adds up the requests that one job makes to the engine."""
+    """Adds up the requests that one job makes to the engine, and the media fetched for them."""
 
     def __init__(self) -> None:
         self._requests: list[EngineRequest] = []
+        self.fetches: list[Fetch] = []
 
     def add(self, request: EngineRequest) -> None:
         """Take in a request; it is asked again at every reading, also after it has ended."""

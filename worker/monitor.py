@@ -3,7 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel
 
 from worker import __version__, gpu
@@ -64,6 +64,8 @@ class Monitor:
         self._telemetry = telemetry
         self._settings = settings
         self._ledger = ledger
+        ready = Gauge("worker_ready", "1 while the worker answers jobs.", registry=telemetry.registry)
+        ready.set_function(lambda: status.state == "ready")
         self.app = FastAPI(title="RunPod vLLM worker", version=__version__, docs_url=None, redoc_url=None)
         unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
         self.app.get("/ping", responses={204: {}, 503: {}}, response_class=Response)(self.ping)

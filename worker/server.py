@@ -7,6 +7,7 @@ in that loop. What the gate lets through goes to vLLM's app as it is, and what c
 import asyncio
 import hmac
 import json
+import logging
 import socket
 import threading
 import uuid
@@ -26,6 +27,7 @@ from worker.errors import (
     BodyTooSlowError,
     BusyError,
     ConfigurationError,
+    InternalError,
     JobError,
     JobTimeoutError,
     MethodNotAllowedError,
@@ -38,6 +40,8 @@ from worker.routes import OWN_ROUTES, method_of
 from worker.status import State, Status
 from worker.telemetry import Record, Telemetry
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Headers = dict[bytes, bytes]
 
@@ -46,6 +50,7 @@ DRAIN_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 75
 """Longer than a load balancer keeps a connection, so that it never sends into one that has just been closed."""
 
+TRACE_HEADERS = (b"traceparent", b"tracestate")
 UNPROTECTED = ("/ping", "/health")
 WHY_NOT: dict[State, str] = {
     "loading": "The worker is loading its model. Try again in a few seconds.",
@@ -107,20 +112,24 @@ class Gate:
         engine = self._ready_engine()
         body = await _read(receive, headers, self._settings.max_request_bytes)
         self._check_capacity()
-        with self._telemetry.job(reply.request_id, path) as record:
+        caller = {name.decode(): value.decode("latin-1") for name, value in headers.items() if name in TRACE_HEADERS}
+        with self._telemetry.job(reply.request_id, path, caller) as record:
             self.running += 1
+            named = {"x-request-id": reply.request_id, **record.trace_headers}
             try:
-                await self._ask(engine, scope, body, receive, reply.kept_in(record))
+                await self._ask(engine, _with_headers(scope, named), body, receive, reply.kept_in(record))
             except JobError as error:
-                record.ended_with(error.status)
+                record.ended_with(error.http_status)
                 raise
+            except Exception:
+                log.exception("Request %s failed", reply.request_id)
+                record.ended_with(InternalError.status)
+                raise InternalError(reply.request_id) from None
             finally:
                 self.running -= 1
         return None
 
     async def _ask(self, engine: App, scope: Message, body: bytes, receive: Receive, reply: "_Reply") -> None:
-        named = [pair for pair in scope["headers"] if pair[0] != b"x-request-id"]
-        headers = [*named, (b"x-request-id", reply.request_id.encode("latin-1"))]
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def received() -> Message:
@@ -133,7 +142,7 @@ class Gate:
         seconds = self._settings.request_timeout
         try:
             async with asyncio.timeout(seconds):
-                await engine({**scope, "headers": headers}, received, reply.send)
+                await engine(scope, received, reply.send)
         except TimeoutError:
             if seconds is None:
                 raise
@@ -168,6 +177,13 @@ class Gate:
     def _check_capacity(self) -> None:
         if self.running >= self._capacity:
             raise BusyError(self.running)
+
+
+def _with_headers(scope: Message, headers: dict[str, str]) -> Message:
+    """Return the scope with some headers put in the place of those of the same names."""
+    set_ = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
+    kept = [pair for pair in scope["headers"] if pair[0] not in set_]
+    return {**scope, "headers": [*kept, *set_.items()]}
 
 
 def _check_method(method: str, expected: str, path: str) -> None:
@@ -304,6 +320,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(2048)
     except OSError as error:
         listener.close()
         raise ConfigurationError(

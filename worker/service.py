@@ -62,7 +62,7 @@ class Service:
         async with AsyncExitStack() as stack:
             app = await self._attach()
             paced.set(Pace(self._settings.stream_batch_ms / 1000) if self._settings.stream_batch_ms else None)
-            opening = exchange(app, _request(call, record.request_id))
+            opening = exchange(app, _request(call, record))
             response = await limit.apply(stack.enter_async_context(opening))
             if response.status >= 400:
                 raise _error(response.status, await response.read_all())
@@ -129,8 +129,8 @@ def _chunks(batch: list[bytes]) -> tuple[list[Any], EngineResponseError | None]:
     return chunks, None
 
 
-def _request(call: jobs.ApiCall, request_id: str) -> Request:
-    headers = {"x-request-id": request_id}
+def _request(call: jobs.ApiCall, record: Record) -> Request:
+    headers = {"x-request-id": record.request_id, **record.trace_headers}
     if call.body is None:
         return Request(call.method, call.path, call.query, headers)
     body = json.dumps(call.body).encode()

@@ -5,11 +5,14 @@ The metrics stand in the same Prometheus registry as vLLM's, so that one exposit
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from worker import __version__
@@ -21,6 +24,8 @@ Outcome = Literal["ok", "client_error", "engine_error", "cancelled", "timeout"]
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 TIMEOUTS = (408, 504)
+
+_PROPAGATOR = TraceContextTextMapPropagator()
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ class Record:
     stream: bool = False
     status: int | None = None
     outcome: Outcome = "cancelled"
+    trace_headers: dict[str, str] = field(default_factory=dict)
+    """By which the engine's spans become children of the job's; empty where nothing is traced."""
     meter: Meter = field(default_factory=Meter)
     began: float = field(default_factory=time.time)
     """Seconds since the epoch, as the engine counts."""
@@ -91,6 +98,8 @@ class Telemetry:
     def __init__(self, model: str, registry: CollectorRegistry = REGISTRY) -> None:
         self._model = model
         self.registry = registry
+        # Does nothing until vLLM, told where traces go, has provided for spans.
+        self._tracer = trace.get_tracer("worker")
         build = Gauge("worker_build_info", "What runs; always 1.", ["version", "model"], registry=registry)
         build.labels(__version__, model).set(1)
         labels = ["route", "outcome", "modality"]
@@ -113,20 +122,31 @@ class Telemetry:
             registry=registry,
             buckets=TOKEN_SECONDS,
         )
+        self._fetched = _histogram("worker_media_fetch_seconds", "Fetching a link to media.", registry)
+        self._fetched_bytes = Counter("worker_media_fetched_bytes", "Media fetched by link.", registry=registry)
+        self._rejected = Counter("worker_media_rejected", "Links not fetched.", ["reason"], registry=registry)
+        self._media = Counter("worker_media", "Images, videos and so on in prompts.", ["modality"], registry=registry)
         self.stream_posts = Counter(
             "worker_stream_posts", "Parts of streams sent to RunPod's queue.", registry=registry
         )
 
     @contextmanager
-    def job(self, request_id: str, path: str = "") -> Iterator[Record]:
-        """Keep the record of one job; the engine counts in its meter what is asked of it from here on."""
+    def job(self, request_id: str, path: str = "", headers: Mapping[str, str] | None = None) -> Iterator[Record]:
+        """Keep the record of one job; the engine counts in its meter what is asked of it from here on.
+
+        `headers` may name the caller's span, whose child the job's then is.
+        """
+        span = self._tracer.start_span("job", _PROPAGATOR.extract(headers or {}), SpanKind.SERVER)
         record = Record(request_id, path)
+        _PROPAGATOR.inject(record.trace_headers, trace.set_span_in_context(span))
         metered.set(record.meter)
         self.running += 1
         try:
             yield record
         finally:
             self.running -= 1
+            span.set_attributes({"request_id": request_id, "route": record.route, "outcome": record.outcome})
+            span.end()
             self._tell(record)
 
     def _tell(self, record: Record) -> None:
@@ -140,6 +160,13 @@ class Telemetry:
                 histogram.observe(seconds)
         if rate := summary["tokens_per_second"]:
             self._each.observe(1 / rate)
+        for modality, count in record.meter.media.items():
+            self._media.labels(modality).inc(count)
+        for fetch in record.meter.fetches:
+            self._fetched.observe(fetch.seconds)
+            self._fetched_bytes.inc(fetch.size)
+            if fetch.rejection:
+                self._rejected.labels(fetch.rejection).inc()
         if record.outcome == "engine_error":
             self.last_error = {"request_id": record.request_id, "at": round(time.time()), "status": record.status}
         log.info(

@@ -1,0 +1,186 @@
+"""vLLM's engine in this process, and its API over it as an ASGI app.
+
+`load()` runs before any event loop, so that the platform hears of a worker only once the model is there. `attach()`
+runs in the loop that serves, once.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import logging
+import os
+
+import torch
+import vllm
+from PIL import Image
+from starlette.applications import Starlette
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.system_utils import set_ulimit
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from worker.asgi import App, Request, exchange
+from worker.config import MAX_CONCURRENCY
+from worker.engine.arguments import REFUSALS, sentence
+from worker.engine.client import Client
+from worker.engine.media import NAME as CONNECTOR
+from worker.errors import ConfigurationError, Json, StartupError
+
+log = logging.getLogger(__name__)
+
+DEATH_CHECK_SECONDS = 0.5
+
+
+class _Liveness:
+    """What vLLM's error handlers take for their server: they set `should_exit` when the engine is dead."""
+
+    should_exit = False
+
+
+class Engine:
+    """A loaded model and, once attached, vLLM's API over it."""
+
+    def __init__(self, client: AsyncLLM, args: argparse.Namespace) -> None:
+        self.client = client
+        self.args = args
+        self._app: App | None = None
+        self._liveness = _Liveness()
+        self._attaching = asyncio.Lock()
+        self._lifespan: asyncio.Task[None] | None = None
+
+    @classmethod
+    def load(cls, args: argparse.Namespace) -> "Engine":
+        """Load the model: minutes for a large one. Call it outside of any event loop.
+
+        Raises:
+            ConfigurationError: vLLM refuses the combination of model and settings.
+            StartupError: the engine did not start.
+        """
+        set_ulimit()
+        os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        propagate_flash_late_interaction(args, engine_args)
+        try:
+            vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except REFUSALS as error:
+            raise ConfigurationError(sentence(error)) from error
+        try:
+            client = Client.from_vllm_config(
+                vllm_config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=args.enable_log_requests,
+                disable_log_stats=args.disable_log_stats,
+                aggregate_engine_logging=args.aggregate_engine_logging,
+            )
+        except REFUSALS as error:
+            raise StartupError(f"The engine did not start: {sentence(error)}") from error
+        return cls(client, args)
+
+    @property
+    def concurrency(self) -> int:
+        """Jobs to take at once: twice what the engine runs, so that it always has a next one waiting."""
+        return min(2 * self.client.vllm_config.scheduler_config.max_num_seqs, MAX_CONCURRENCY)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine can answer no more."""
+        return self._liveness.should_exit or self.client.errored
+
+    async def died(self) -> None:
+        """Return once the engine is dead."""
+        while not self.is_dead:  # noqa: ASYNC110 - vLLM has no event for it
+            await asyncio.sleep(DEATH_CHECK_SECONDS)
+
+    async def attach(self) -> App:
+        """Return vLLM's API as an ASGI app, built at the first call, in the loop that serves."""
+        async with self._attaching:
+            if self._app is None:
+                app = await self._build_app()
+                await self._warm_up(app)
+                self._app = app
+            return self._app
+
+    async def _build_app(self) -> App:
+        await self.client.reset_mm_cache()
+        tasks = await self.client.get_supported_tasks()
+        app = build_app(self.args, tasks, self.client.model_config)
+        app.state.server = self._liveness
+        try:
+            await init_app_state(self.client, app.state, self.args, tasks)
+        except REFUSALS as error:
+            raise ConfigurationError(sentence(error)) from error
+        entered = asyncio.Event()
+        self._lifespan = asyncio.create_task(_live(app, entered))
+        self._lifespan.add_done_callback(lambda _: entered.set())
+        await entered.wait()
+        if self._lifespan.done():
+            self._lifespan.result()
+        return app
+
+    async def _warm_up(self, app: App) -> None:
+        """Generate through the whole path, from text and from an image, so that no job meets it for the first time.
+
+        Raises:
+            StartupError: the engine fails.
+        """
+        calls: list[tuple[str, Json]] = [("/v1/completions", {"prompt": "Hello"})]
+        if self._takes_images():
+            calls.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": [_image_part()]}]}))
+        for path, body in calls:
+            request = Request("POST", path, "", {"content-type": "application/json"}, _json({**body, "max_tokens": 2}))
+            async with exchange(app, request) as response:
+                answer = await response.read_all()
+            if response.status >= 500:
+                raise StartupError(f"The first generation failed: {answer.decode(errors='replace')[:1000]}")
+            if response.status >= 400:
+                # A model that does not generate, or has no chat template, is none the worse for it.
+                log.info("No warm-up through %s: HTTP %d", path, response.status)
+
+    def _takes_images(self) -> bool:
+        processor = self.client.renderer.mm_processor
+        return processor is not None and processor.info.allowed_mm_limits.get("image", 0) > 0
+
+    def describe(self) -> Json:
+        """Return what is worth knowing about the model and how it runs."""
+        settings = self.client.vllm_config
+        model, parallel = settings.model_config, settings.parallel_config
+        processor = self.client.renderer.mm_processor
+        return {
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
+            "served_names": self.args.served_model_name,
+            "max_model_len": model.max_model_len,
+            "max_num_seqs": settings.scheduler_config.max_num_seqs,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "media_limits": dict(processor.info.allowed_mm_limits) if processor else {},
+            "tensor_parallel_size": parallel.tensor_parallel_size,
+            "pipeline_parallel_size": parallel.pipeline_parallel_size,
+            "data_parallel_size": parallel.data_parallel_size,
+        }
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self.client.shutdown(timeout=0)
+
+
+async def _live(app: Starlette, entered: asyncio.Event) -> None:
+    """Stay within the app's lifespan, which logs the engine's statistics, until the loop ends and cancels this."""
+    async with app.router.lifespan_context(app):
+        entered.set()
+        await asyncio.Event().wait()
+
+
+def _image_part() -> Json:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _json(body: Json) -> bytes:
+    return json.dumps(body).encode()

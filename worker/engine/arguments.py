@@ -1,0 +1,82 @@
+"""What the environment says, as vLLM's own parser and checks take it."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from vllm.entrypoints.launchers.cli_args import (
+    BaseFrontendArgs,
+    FrontendArgs,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
+from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.exceptions import VLLMError
+from vllm.logger import configure_logging_from_args
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from worker import config
+from worker.errors import ConfigurationError
+
+SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
+"""Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""
+
+REFUSALS = (VLLMError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What vLLM raises when it cannot do what it is told."""
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser, but a mistake is an exception and not the end of the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model: Path) -> argparse.Namespace:
+    """Return vLLM's arguments as the environment means them, for the snapshot in `model`.
+
+    Raises:
+        ConfigurationError: a value is refused by vLLM's parser or its checks.
+    """
+    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    arguments = config.engine_arguments(environ, settings, parser, SERVER_FLAGS)
+    try:
+        args: argparse.Namespace = parser.parse_args([f"--model={model}", *arguments])
+        args.served_model_name = args.served_model_name or [settings.model_name]
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        validate_api_server_args(args)
+    except (argparse.ArgumentError, *REFUSALS) as error:
+        raise ConfigurationError(sentence(error)) from error
+    if (args.enable_log_requests or args.enable_log_outputs) and not settings.log_prompts:
+        raise ConfigurationError(
+            "ENABLE_LOG_REQUESTS and ENABLE_LOG_OUTPUTS write what users say to the log. "
+            "Set LOG_PROMPTS=true if that is wanted; it implies both."
+        )
+    args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
+    args.otlp_traces_endpoint = settings.otlp_traces_endpoint
+    # Keys are checked before a request comes here. None would have vLLM look for one in the environment.
+    args.api_key = [""]
+    # vLLM itself looks at this one only after the model has been loaded.
+    reasoning_parsers = ReasoningParserManager.list_registered()
+    if args.reasoning_parser and args.reasoning_parser not in reasoning_parsers:
+        choice = ", ".join(reasoning_parsers)
+        raise ConfigurationError(
+            f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {choice}"
+        )
+    return args
+
+
+def sentence(error: Exception) -> str:
+    """Return an exception's message on one line, pydantic's list of errors included."""
+    if callable(errors := getattr(error, "errors", None)):
+        return "; ".join(str(one["msg"]) for one in errors())
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split()) or type(error).__name__

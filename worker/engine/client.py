@@ -1,0 +1,125 @@
+"""vLLM's client, which also tells the calling job's meter of its requests and keeps the job's pace."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+from vllm.v1.metrics.stats import RequestStateStats
+
+from worker.meter import metered
+from worker.pace import Pace, paced
+
+
+class Client(AsyncLLM):
+    """vLLM's client, which also tells the calling job's meter of its requests and keeps its pace."""
+
+    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
+        collector = await super().add_request(request_id, prompt, *args, **kwargs)
+        meter, pace = metered.get(), paced.get()
+        if meter is None:
+            return collector
+        paces = pace is not None and collector.aggregate
+        collector = PacedCollector(collector, pace) if paces and pace else _Collector(collector)
+        states = self._states(collector.request_id)
+        for state in states:
+            state.queue = collector
+        media = prompt.get("mm_placeholders", {}) if isinstance(prompt, dict) else {}
+        meter.add(_Request(states, collector, {modality: len(items) for modality, items in media.items()}))
+        return collector
+
+    def _states(self, request_id: str) -> list[RequestState]:
+        """Return the state of a request, or those of the n that answer one prompt."""
+        parent = self.output_processor.parent_requests.get(request_id)
+        states = map(self.output_processor.request_states.get, parent.child_requests if parent else [request_id])
+        return [state for state in states if state is not None]
+
+
+class _Collector(RequestOutputCollector):
+    """Collects a request's outputs in the place of vLLM's own collector, and remembers why the request ended."""
+
+    def __init__(self, taken_over: RequestOutputCollector) -> None:
+        kind = RequestOutputKind.DELTA if taken_over.aggregate else RequestOutputKind.CUMULATIVE
+        super().__init__(kind, taken_over.request_id)
+        self.finish_reason: str | None = None
+        if taken_over.output is not None:
+            self.put(taken_over.output)
+
+    def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+        super().put(output)
+        if isinstance(output, RequestOutput) and output.finished and output.outputs:
+            self.finish_reason = output.outputs[-1].finish_reason
+
+
+class PacedCollector(_Collector):
+    """Gives a request's outputs at a job's pace: vLLM merges what comes in between. The last is given at once."""
+
+    def __init__(self, taken_over: RequestOutputCollector, pace: Pace) -> None:
+        self._pace = pace
+        self._ended = asyncio.Event()
+        super().__init__(taken_over)
+
+    def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
+        super().put(output)
+        if isinstance(output, Exception) or output.finished:
+            self._ended.set()
+
+    def get_nowait(self) -> None:
+        """Leave it to `get`, which keeps the pace."""
+
+    async def get(self) -> RequestOutput | PoolingRequestOutput:
+        clock = asyncio.get_running_loop().time
+        if not self._ended.is_set() and (seconds := self._pace.wait(clock())) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._ended.wait()
+        output = await super().get()
+        self._pace.went(clock())
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What vLLM knows of a request and, with n > 1, of its siblings; an `EngineRequest`.
+
+    Times are there unless `DISABLE_LOG_STATS` is set; vLLM tells those of the queue by a clock of its own.
+    """
+
+    states: Sequence[RequestState]
+    collector: _Collector
+    media: Mapping[str, int]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.states[0].prompt_len if self.states else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(state.detokenizer.num_output_tokens() for state in self.states if state.detokenizer)
+
+    @property
+    def adapter(self) -> str | None:
+        return self.states[0].lora_name if self.states else None
+
+    @property
+    def queue_seconds(self) -> float | None:
+        waits = [stats.scheduled_ts - stats.queued_ts for stats in self._stats if stats.scheduled_ts]
+        return max(waits, default=None)
+
+    @property
+    def first_token_at(self) -> float | None:
+        times = [stats.arrival_time + stats.first_token_latency for stats in self._stats if stats.first_token_latency]
+        return min(times, default=None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.collector.finish_reason
+
+    @property
+    def _stats(self) -> list[RequestStateStats]:
+        return [state.stats for state in self.states if state.stats]
