@@ -45,7 +45,7 @@ check: setup ## Lint, types, and whether vLLM and the SDK still are what the cod
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
 	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
 
-bench: setup ## Compare the worker with vllm serve (BENCH="--rounds 5 --baseline sdk-loop"); takes a while
+bench: setup ## Compare the worker with vllm serve (BENCH="--servers worker http sdk-loop"); takes a while
 	@$(BIN)/python -m bench $(BENCH)
 
 endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows

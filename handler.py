@@ -54,6 +54,8 @@ def configure_logs(settings: config.Settings, file: str) -> None:
     with open(file, "w", encoding="utf-8") as output:  # noqa: PTH123 - the file is open already
         json.dump(lines, output)
     os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", file)
+    if settings.log_prompts:
+        logging.getLogger("worker").warning("LOG_PROMPTS is set: what users say and are told is written to this log")
 
 
 def run(worker: Worker, chosen: argparse.Namespace) -> int:

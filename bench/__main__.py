@@ -17,7 +17,7 @@ import psutil
 
 from bench import load, report
 from bench.load import Load
-from bench.servers import Server, vllm_serve, worker
+from bench.servers import Server, http_worker, vllm_serve, worker
 from tests.tiny import ROOT
 
 WARM_UP = Load(concurrency=8, requests=16, tokens=32, stream=True)
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     ]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = _start(stack, folder, options.baseline)
+        servers = _start(stack, folder, options.servers)
         for server in servers:
             asyncio.run(load.run(server.base_url, WARM_UP))
         rounds = [_round(servers, cells, number, options.rounds) for number in range(options.rounds)]
@@ -49,15 +49,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--requests", type=int, default=12, help="in each cell; at least three per client")
     parser.add_argument("--tokens", type=int, default=256, help="of an answer, on average")
-    parser.add_argument("--baseline", choices=["sdk-loop"], help="measure the worker under the SDK's own loop, too")
+    parser.add_argument(
+        "--servers",
+        nargs="+",
+        choices=["worker", "http", "sdk-loop"],
+        default=["worker", "http"],
+        help="beside vllm serve: the worker of the queue, over HTTP, under the SDK's own loop",
+    )
     parser.add_argument("--out", default=str(ROOT / "docs/benchmarks/streaming"), help="FILE.json, .md and .svg")
     return parser.parse_args(arguments)
 
 
-def _start(stack: ExitStack, folder: Path, baseline: str | None) -> list[Server]:
-    starts = [("vllm serve", vllm_serve(folder / "vllm.log")), ("worker", worker("worker", folder / "worker.log"))]
-    if baseline:
-        starts.append((baseline, worker(baseline, folder / "baseline.log", WORKER_JOB_LOOP="sdk")))
+def _start(stack: ExitStack, folder: Path, names: list[str]) -> list[Server]:
+    ways = {
+        "worker": lambda: worker("worker", folder / "worker.log"),
+        "http": lambda: http_worker(folder / "http.log"),
+        "sdk-loop": lambda: worker("sdk-loop", folder / "sdk-loop.log", WORKER_JOB_LOOP="sdk"),
+    }
+    starts = [("vllm serve", vllm_serve(folder / "vllm.log")), *((name, ways[name]()) for name in names)]
     servers = []
     for name, starting in starts:
         _say(f"Starting {name}")

@@ -1,7 +1,9 @@
-"""`make cancellation`: how soon a cancelled job makes room: from the cancellation to the next job's answer.
+"""`make cancellation`: how soon a job that nobody waits for any more makes room.
 
-The worker takes one job at a time. One that generates for long is cancelled while another waits for its slot; the time
-until that other is answered holds the stop signal, the engine's abort, the taking, and the other's one token.
+In the queue: from the cancellation to the next job's answer. The worker takes one job at a time. One that generates for
+long is cancelled while another waits for its slot; the time until that other is answered holds the stop signal, the
+engine's abort, the taking, and the other's one token. Over HTTP: from the client's leaving its stream until the worker
+has no job, as `/health` tells.
 """
 
 import asyncio
@@ -15,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from bench.servers import worker
+from bench.servers import http_worker, worker
 
 CANCELLATIONS = 20
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
@@ -29,6 +31,8 @@ def main() -> int:
         worker("worker", Path(folder) / "worker.log", MAX_CONCURRENCY="1") as server,
     ):
         results = asyncio.run(run(server.endpoint_url))
+    with tempfile.TemporaryDirectory() as folder, http_worker(Path(folder) / "worker.log") as server:
+        results["over HTTP, after a client has left"] = asyncio.run(run_http(server.base_url))
     sys.stdout.write(json.dumps(results, indent=1) + "\n")
     return 0
 
@@ -60,6 +64,24 @@ async def run(url: str) -> dict[str, dict[str, float]]:
             "after a cancelled stream": _milliseconds([await cancelled(True) for _ in range(CANCELLATIONS)]),
             "after a cancelled whole answer": _milliseconds([await cancelled(False) for _ in range(CANCELLATIONS)]),
         }
+
+
+async def run_http(url: str) -> dict[str, float]:
+    """Return milliseconds."""
+    async with aiohttp.ClientSession() as session:
+
+        async def left() -> float:
+            body = {**ENDLESS, "model": "tiny", "stream": True}
+            async with session.post(f"{url}/completions", json=body) as stream:
+                await stream.content.readany()
+                stream.close()
+            started = time.perf_counter()
+            while True:
+                async with session.get(f"{url.removesuffix('/v1')}/health") as answer:
+                    if (await answer.json())["jobs"] == 0:
+                        return time.perf_counter() - started
+
+        return _milliseconds([await left() for _ in range(CANCELLATIONS)])
 
 
 def _milliseconds(seconds: list[float]) -> dict[str, float]:

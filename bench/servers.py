@@ -67,13 +67,24 @@ def vllm_serve(log: Path) -> Iterator[Server]:
 
 @contextmanager
 def worker(name: str, log: Path, **environ: str) -> Iterator[Server]:
-    """Run the worker behind the platform's stand-in."""
+    """Run the worker behind the platform's stand-in, as RunPod's queue does."""
     port = _free_port()
     command = [sys.executable, "-m", "tests.standin", "--port", str(port), "--", sys.executable, "handler.py"]
     with _process(command, tiny.environment() | environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v2/local/openai/v1"
         _wait(process, f"{base_url}/models", log)
         yield Server(name, base_url, _front(process, [process]))
+
+
+@contextmanager
+def http_worker(log: Path) -> Iterator[Server]:
+    """Run the worker in HTTP mode."""
+    port = _free_port()
+    environ = tiny.environment() | {"PORT": str(port)}
+    with _process([sys.executable, "handler.py"], environ, log) as process:
+        base_url = f"http://127.0.0.1:{port}/v1"
+        _wait(process, f"{base_url}/models", log)
+        yield Server("http", base_url, _front(process, []))
 
 
 def _front(process: psutil.Process, platform: list[psutil.Process]) -> list[psutil.Process]:

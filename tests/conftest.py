@@ -28,6 +28,7 @@ class Endpoint:
     server: StandinServer
     worker: WorkerProcess
     log: Path
+    metrics_port: int
 
     @property
     def url(self) -> str:
@@ -38,11 +39,11 @@ class Endpoint:
 def endpoint() -> Iterator[Endpoint]:
     """Start `handler.py` as the platform would; ready at its first request for jobs."""
     with tempfile.TemporaryDirectory() as folder, StandinServer() as server:
-        log = Path(folder) / "worker.log"
-        environment = {**tiny.environment(), **worker_environment(server.port)}
+        log, metrics_port = Path(folder) / "worker.log", free_port()
+        environment = {**tiny.environment(), **worker_environment(server.port), "METRICS_PORT": str(metrics_port)}
         with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
             _wait_until_ready(server, worker, log)
-            yield Endpoint(server, worker, log)
+            yield Endpoint(server, worker, log, metrics_port)
 
 
 def _wait_until_ready(server: StandinServer, worker: WorkerProcess, log: Path) -> None:

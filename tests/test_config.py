@@ -146,3 +146,40 @@ def test_the_users_word_on_a_library_counts() -> None:
     defaults = config.library_defaults({"RUNPOD_LOG_LEVEL": "DEBUG"})
     assert "RUNPOD_LOG_LEVEL" not in defaults
     assert defaults["RUNPOD_SKIP_GPU_CHECK"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("environ", "mode", "port"),
+    [
+        pytest.param({}, "local", 8000, id="nothing"),
+        pytest.param({"PORT": "9000"}, "http", 9000, id="port"),
+        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?"}, "queue", 8000, id="the platform's queue"),
+        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "PORT": "1"}, "queue", 1, id="queue and port"),
+        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "WORKER_MODE": "HTTP"}, "http", 8000, id="told"),
+        pytest.param({"RUNPOD_POD_ID": "p", "WORKER_MODE": "http"}, "http", 80, id="on RunPod"),
+    ],
+)
+def test_modes(environ: dict[str, str], mode: str, port: int) -> None:
+    settings = config.load(environ)
+    assert (settings.mode, settings.http_port) == (mode, port)
+
+
+def test_keys_are_separated_by_commas_and_taken_from_vllms_variable_too() -> None:
+    assert config.load({"WORKER_API_KEY": " a, b,,"}).worker_api_key == ("a", "b")
+    assert config.load({"VLLM_API_KEY": "c"}).worker_api_key == ("c",)
+
+
+def test_no_secret_is_public() -> None:
+    environ = {"HF_TOKEN": "s3cret", "WORKER_API_KEY": "s3cret", "VLLM_EXTRA_ARGS": "--api-key s3cret"}
+    public = config.load({**environ, "RUNPOD_WEBHOOK_GET_JOB": "http://s3cret?", "PORT": "1"}).public()
+    assert "s3cret" not in str(public)
+    assert (public["hf_token"], public["port"]) == ("***", 1)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "endpoint"), [("grpc", "http://c:4317/"), ("http/protobuf", "http://c:4317/v1/traces")]
+)
+def test_traces_go_where_opentelemetry_says(protocol: str, endpoint: str) -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317/", "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+    assert config.load(environ).otlp_traces_endpoint == endpoint
+    assert config.library_defaults(environ)["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == protocol

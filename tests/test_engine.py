@@ -15,6 +15,7 @@ from tests import tiny
 from tests.tiny import MODEL
 from worker import config
 from worker.engine import parse_arguments
+from worker.engine.arguments import changed
 from worker.engine.client import PacedCollector
 from worker.errors import ConfigurationError
 from worker.pace import Pace
@@ -44,6 +45,20 @@ def test_vllms_own_spellings_work() -> None:
     assert "'l'" in str(args["lora_modules"])
 
 
+def test_prompts_are_logged_when_that_is_wanted_and_keys_are_not_checked_twice() -> None:
+    args = parse(LOG_PROMPTS="true", VLLM_API_KEY="key")
+    assert (args["enable_log_requests"], args["enable_log_outputs"]) == (True, True)
+    assert args["api_key"] == [""]
+
+
+def test_what_differs_from_vllms_defaults_is_told_without_secrets() -> None:
+    environ = {"MAX_MODEL_LEN": "2048", "VLLM_EXTRA_ARGS": "--hf-token s3cret", "LIMIT_MM_PER_PROMPT": '{"image": 4}'}
+    told = changed(parse_arguments(environ, config.load({"MODEL_NAME": "org/tiny", **environ}), MODEL))
+    assert (told["max_model_len"], told["served_model_name"], told["hf_token"]) == (2048, ["org/tiny"], "***")
+    assert "s3cret" not in json.dumps(told)
+    assert "dtype" not in told
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
@@ -62,6 +77,7 @@ def test_vllms_own_spellings_work() -> None:
         ),
         pytest.param({"REASONING_PARSER": "nope"}, "REASONING_PARSER='nope': no such parser", id="reasoning parser"),
         pytest.param({"CUSTOM_CHAT_TEMPLATE": "nofile.jinja"}, "nofile.jinja", id="chat template"),
+        pytest.param({"ENABLE_LOG_REQUESTS": "true"}, "Set LOG_PROMPTS=true", id="prompts in the log"),
         pytest.param({"VLLM_EXTRA_ARGS": "--nope 1"}, "unrecognized arguments: --nope", id="extra arguments"),
     ],
 )

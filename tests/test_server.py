@@ -10,9 +10,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from tests.conftest import free_port
 from worker.asgi import App, Receive, Send
 from worker.config import Settings
 from worker.errors import ConfigurationError
@@ -61,12 +65,12 @@ class Endless:
 class Worker:
     """A served gate."""
 
-    def __init__(self, engine: App, concurrency: int, settings: Settings, offers_engine: bool) -> None:
+    def __init__(self, engine: App, concurrency: int, chosen: Settings, offers_engine: bool) -> None:
         registry = CollectorRegistry()
         self.status = Status()
         self.telemetry = Telemetry("model", registry)
-        monitor = Monitor(self.status, self.telemetry, settings, Ledger(registry))
-        self.gate = Gate(monitor, self.status, self.telemetry, settings, offers_engine=offers_engine)
+        monitor = Monitor(self.status, self.telemetry, chosen, Ledger(registry))
+        self.gate = Gate(monitor, self.status, self.telemetry, chosen, offers_engine=offers_engine)
         self.engine = engine
         self.concurrency = concurrency
         self.port = 0
@@ -99,9 +103,9 @@ class Worker:
 
 @contextmanager
 def serving(
-    engine: App = echo, concurrency: int = 4, *, ready: bool = True, offers_engine: bool = True, **settings: Any
+    engine: App = echo, concurrency: int = 4, *, ready: bool = True, offers_engine: bool = True, **given_settings: Any
 ) -> Iterator[Worker]:
-    worker = Worker(engine, concurrency, Settings.model_validate(settings), offers_engine)
+    worker = Worker(engine, concurrency, Settings.model_validate(given_settings), offers_engine)
     with HttpServer(worker.gate, [0], host="127.0.0.1") as server:
         (worker.port,) = server.ports
         if ready:
@@ -361,6 +365,11 @@ def test_the_drain_waits_for_what_runs() -> None:
         assert worker.gate.running == 0
 
 
+def test_several_ports_are_served_alike() -> None:
+    with serving() as worker, HttpServer(worker.gate, [0, free_port()], host="127.0.0.1") as server:
+        assert [httpx.get(f"http://127.0.0.1:{port}/ping").status_code for port in server.ports] == [200, 200]
+
+
 def test_a_port_in_use_is_named() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -369,9 +378,50 @@ def test_a_port_in_use_is_named() -> None:
         HttpServer(echo, [taken.getsockname()[1]], host="127.0.0.1")
 
 
-def test_the_own_routes_are_as_their_document_says(plain: Worker) -> None:
-    document = plain.get("/openapi.json").json()
-    assert document["paths"].keys() == {"/ping", "/health", "/info", "/metrics"}
+def test_the_document_names_the_workers_own_routes(plain: Worker) -> None:
+    assert plain.get("/openapi.json").json()["paths"].keys() == {"/ping", "/health", "/info", "/metrics"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    path=st.sampled_from(["/ping", "/health", "/info", "/metrics"]),
+    method=st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE", "BREW"]),
+    query=st.dictionaries(st.text(max_size=5), st.text(max_size=9), max_size=3),
+    headers=st.dictionaries(
+        st.sampled_from(["accept", "content-type", "x-request-id", "traceparent", "authorization", "range"]),
+        st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40),
+        max_size=3,
+    ),
+    body=st.binary(max_size=100),
+    state=st.sampled_from(["loading", "ready", "draining", "dead"]),
+)
+def test_the_own_routes_keep_to_their_document(
+    fuzzed: tuple[Worker, httpx.Client, Any],
+    path: str,
+    method: str,
+    query: dict[str, str],
+    headers: dict[str, str],
+    body: bytes,
+    state: Any,
+) -> None:
+    worker, client, document = fuzzed
+    worker.status._state = state
+    answer = client.request(method, path, params=query, headers=headers, content=body)
+    if method != "GET":
+        assert answer.status_code == 405
+        assert answer.headers["allow"] == "GET"
+        return
+    documented = document["paths"][path]["get"]["responses"]
+    assert str(answer.status_code) in documented
+    content = documented[str(answer.status_code)].get("content", {})
+    if schema := content.get("application/json", {}).get("schema"):
+        jsonschema.validate(answer.json(), schema | {"components": document["components"]})
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> Iterator[tuple[Worker, httpx.Client, Any]]:
+    with serving() as worker, httpx.Client(base_url=worker.url, timeout=10) as client:
+        yield worker, client, client.get("/openapi.json").json()
 
 
 def _all_of(connection: socket.socket) -> bytes:

@@ -442,6 +442,30 @@ def test_n_answers_share_their_prompt(endpoint: Endpoint) -> None:
     assert_tokens(endpoint, result["id"], usage)
 
 
+# ---- What the worker tells of itself
+
+
+def test_metrics_have_a_port_of_their_own_and_are_the_same_through_a_job(endpoint: Endpoint) -> None:
+    url = f"http://127.0.0.1:{endpoint.metrics_port}"
+    output(endpoint, {"prompt": "What?", "image": image_url("red")})
+    httpx.post(f"{endpoint.url}/openai/v1/chat/completions", json=CHAT | {"stream": True}, timeout=60)
+    direct, through_job = httpx.get(f"{url}/metrics").text, output(endpoint, {"route": "/metrics"})
+    for text in (direct, through_job):
+        assert re.search(r'^worker_jobs_total\{modality="image",outcome="ok",.*\} [1-9]', text, re.MULTILINE)
+        assert re.search(r"^worker_stream_posts_total [1-9]", text, re.MULTILINE)
+        assert re.search(r"^vllm:num_requests_running", text, re.MULTILINE)
+    assert httpx.get(f"{url}/ping").status_code == 200
+    assert httpx.get(f"{url}/health").json()["status"] == "ready"
+    assert httpx.get(f"{url}/info").json()["engine"]["max_model_len"] == 2048
+    assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 404
+
+
+def test_the_sdks_lines_have_the_same_form(endpoint: Endpoint) -> None:
+    parsed = [json.loads(line) for line in endpoint.log.read_text().splitlines() if line.startswith("{")]
+    assert {line["logger"].partition(".")[0] for line in parsed} >= {"worker", "vllm", "runpod"}
+    assert all("timestamp" in line for line in parsed)
+
+
 # ---- What the log says
 
 

@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.asgi import App, Request, exchange
 from worker.config import MAX_CONCURRENCY
-from worker.engine.arguments import REFUSALS, sentence
+from worker.engine.arguments import REFUSALS, changed, sentence
 from worker.engine.client import Client
 from worker.engine.media import NAME as CONNECTOR
 from worker.errors import ConfigurationError, Json, StartupError
@@ -161,6 +161,7 @@ class Engine:
             "tensor_parallel_size": parallel.tensor_parallel_size,
             "pipeline_parallel_size": parallel.pipeline_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
+            "arguments": changed(self.args),
         }
 
     def shutdown(self) -> None:

@@ -1,9 +1,10 @@
 """What the environment says, as vLLM's own parser and checks take it."""
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vllm.entrypoints.launchers.cli_args import (
     BaseFrontendArgs,
@@ -19,11 +20,12 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import config
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, Json
 
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
 """Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""
 
+SECRETS = ("api_key", "hf_token")
 REFUSALS = (VLLMError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What vLLM raises when it cannot do what it is told."""
 
@@ -72,6 +74,17 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
             f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {choice}"
         )
     return args
+
+
+def changed(args: argparse.Namespace) -> Json:
+    """Return the arguments that differ from vLLM's defaults, secrets left out, as something that is JSON."""
+    defaults = vars(make_arg_parser(_Parser()).parse_args([]))  # type: ignore[no-untyped-call]
+    differing = {name: value for name, value in vars(args).items() if value != defaults.get(name)}
+    return {name: "***" if name in SECRETS else _plain(value) for name, value in sorted(differing.items())}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
 
 
 def sentence(error: Exception) -> str:
