@@ -385,11 +385,11 @@ def test_the_document_names_the_workers_own_routes(plain: Worker) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     path=st.sampled_from(["/ping", "/health", "/info", "/metrics"]),
-    method=st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE", "BREW"]),
+    method=st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "TRACE"]),
     query=st.dictionaries(st.text(max_size=5), st.text(max_size=9), max_size=3),
     headers=st.dictionaries(
         st.sampled_from(["accept", "content-type", "x-request-id", "traceparent", "authorization", "range"]),
-        st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40),
+        st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40).map(str.strip),
         max_size=3,
     ),
     body=st.binary(max_size=100),

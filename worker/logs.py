@@ -44,7 +44,7 @@ def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) 
         "disable_existing_loggers": False,
         "formatters": {"line": _FORMATTERS[form]},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
-        "loggers": {name: {"level": level} for name, level in levels.items()},
+        "loggers": {name: {"level": level, "handlers": [], "propagate": True} for name, level in levels.items()},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
     }
 
