@@ -29,7 +29,7 @@ def main() -> int:
         settings = config.load(os.environ)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             configure_logs(settings, file.name)
-            return run(Worker(settings), options(sys.argv[1:]))
+            return run(Worker(settings, os.environ), options(sys.argv[1:]))
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -65,12 +65,12 @@ class Endless:
 class Worker:
     """A served gate."""
 
-    def __init__(self, engine: App, concurrency: int, chosen: Settings, offers_engine: bool) -> None:
+    def __init__(self, engine: App, concurrency: int, chosen: Settings, **gate: Any) -> None:
         registry = CollectorRegistry()
         self.status = Status()
         self.telemetry = Telemetry("model", registry)
         monitor = Monitor(self.status, self.telemetry, chosen, Ledger(registry))
-        self.gate = Gate(monitor, self.status, self.telemetry, chosen, offers_engine=offers_engine)
+        self.gate = Gate(monitor, self.status, self.telemetry, chosen, **gate)
         self.engine = engine
         self.concurrency = concurrency
         self.port = 0
@@ -103,9 +103,16 @@ class Worker:
 
 @contextmanager
 def serving(
-    engine: App = echo, concurrency: int = 4, *, ready: bool = True, offers_engine: bool = True, **given_settings: Any
+    engine: App = echo,
+    concurrency: int = 4,
+    *,
+    ready: bool = True,
+    offers_engine: bool = True,
+    body_seconds: float = 60.0,
+    **given_settings: Any,
 ) -> Iterator[Worker]:
-    worker = Worker(engine, concurrency, Settings.model_validate(given_settings), offers_engine)
+    chosen = Settings.model_validate(given_settings)
+    worker = Worker(engine, concurrency, chosen, offers_engine=offers_engine, body_seconds=body_seconds)
     with HttpServer(worker.gate, [0], host="127.0.0.1") as server:
         (worker.port,) = server.ports
         if ready:
@@ -284,9 +291,11 @@ def test_slow_requests_hold_up_nobody_else(plain: Worker) -> None:
         assert plain.get("/ping").status_code == 200
 
 
-def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.server.BODY_SECONDS", 0.1)
-    with serving() as worker, socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection:
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    with (
+        serving(body_seconds=0.1) as worker,
+        socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection,
+    ):
         connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{{".encode())
         assert _all_of(connection).startswith(b"HTTP/1.1 408")
 

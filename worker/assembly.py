@@ -1,7 +1,7 @@
 """The worker's parts, put together: what every mode needs, whichever way jobs arrive."""
 
-import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import psutil
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Worker:
     """One engine, and what is told of it. Load it first, outside of any loop; attach it in the loop that serves."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self.settings = settings
+        self._environ = environ
         self.status = Status()
         self.telemetry = Telemetry(settings.model_name)
         self.ledger = Ledger()
@@ -54,7 +55,7 @@ class Worker:
         with self.ledger.phase("imports"):
             from worker.engine import Engine, parse_arguments
         with self.ledger.phase("configuration"):
-            args = parse_arguments(os.environ, self.settings, snapshot)
+            args = parse_arguments(self._environ, self.settings, snapshot)
         with self.ledger.phase("engine"):
             self._engine = Engine.load(args)
         gpu.register(self.telemetry.registry)

@@ -63,13 +63,21 @@ class Gate:
     """Checks a request before the engine sees it, and keeps its record. An ASGI app."""
 
     def __init__(
-        self, monitor: Monitor, status: Status, telemetry: Telemetry, settings: Settings, *, offers_engine: bool = True
+        self,
+        monitor: Monitor,
+        status: Status,
+        telemetry: Telemetry,
+        settings: Settings,
+        *,
+        offers_engine: bool = True,
+        body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._monitor = monitor
         self._status = status
         self._telemetry = telemetry
         self._settings = settings
         self._offers_engine = offers_engine
+        self._body_seconds = body_seconds
         self._keys = [key.encode() for key in settings.worker_api_key]
         self._engine: App | None = None
         self._capacity = 0
@@ -110,7 +118,7 @@ class Gate:
             return await self._monitor(scope, receive, reply.send)
         self._check_route(method, path)
         engine = self._ready_engine()
-        body = await _read(receive, headers, self._settings.max_request_bytes)
+        body = await _read(receive, headers, self._settings.max_request_bytes, self._body_seconds)
         self._check_capacity()
         caller = {name.decode(): value.decode("latin-1") for name, value in headers.items() if name in TRACE_HEADERS}
         with self._telemetry.job(reply.request_id, path, caller) as record:
@@ -241,7 +249,7 @@ class _Reply:
             await self._send({"type": "http.response.body", "body": sse.event(error.body()) + sse.DONE})
 
 
-async def _read(receive: Receive, headers: Headers, limit: int) -> bytes:
+async def _read(receive: Receive, headers: Headers, limit: int, seconds: float) -> bytes:
     """Return the whole body.
 
     Raises:
@@ -253,7 +261,7 @@ async def _read(receive: Receive, headers: Headers, limit: int) -> bytes:
         raise BodyTooLargeError(limit)
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             while True:
                 message = await receive()
                 body += message.get("body", b"")
@@ -262,7 +270,7 @@ async def _read(receive: Receive, headers: Headers, limit: int) -> bytes:
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise BodyTooSlowError(BODY_SECONDS) from None
+        raise BodyTooSlowError(seconds) from None
 
 
 class HttpServer:
