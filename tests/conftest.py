@@ -40,7 +40,13 @@ def endpoint() -> Iterator[Endpoint]:
     """Start `handler.py` as the platform would; ready at its first request for jobs."""
     with tempfile.TemporaryDirectory() as folder, StandinServer() as server:
         log, metrics_port = Path(folder) / "worker.log", free_port()
-        environment = {**tiny.environment(), **worker_environment(server.port), "METRICS_PORT": str(metrics_port)}
+        environment = {
+            **tiny.environment(),
+            **worker_environment(server.port),
+            "METRICS_PORT": str(metrics_port),
+            # The tests' own servers are on loopback.
+            "MEDIA_ALLOW_PRIVATE_NETWORKS": "true",
+        }
         with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
             _wait_until_ready(server, worker, log)
             yield Endpoint(server, worker, log, metrics_port)

@@ -100,6 +100,12 @@ class Settings(BaseModel):
     """The largest body that is read over HTTP."""
     max_queue: int | None = Field(default=None, ge=0)
     """Requests over HTTP that may wait beyond `MAX_CONCURRENCY`; by default four times as many."""
+    media_fetch_timeout: float = Field(default=20.0, gt=0)
+    """Seconds for fetching one link to an image, a video or so on."""
+    media_allowed_domains: tuple[str, ...] = ()
+    """The only hosts whose links are fetched, `*.example.org` for every name below one; by default all public ones."""
+    media_allow_private_networks: Boolean = False
+    """Whether links into private networks are fetched; for local work."""
     worker_job_loop: Literal["event", "sdk"] = "event"
     """Which loop takes jobs from the queue: the worker's own, or the SDK's."""
     allow_control_routes: Boolean = False
@@ -123,7 +129,7 @@ class Settings(BaseModel):
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
     """Of the worker's own lines."""
 
-    @field_validator("worker_api_key", mode="before")
+    @field_validator("worker_api_key", "media_allowed_domains", mode="before")
     @classmethod
     def _split(cls, text: Any) -> Any:
         return tuple(filter(None, map(str.strip, text.split(",")))) if isinstance(text, str) else text

@@ -39,7 +39,7 @@ class EngineRequest(Protocol):
         """Why it ended: `stop`, `length`, …; None while it has not, or was aborted."""
 
 
-Rejection = Literal["too_large", "refused_by_server", "invalid", "unreachable", "timeout"]
+Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]
 
 
 @dataclass(frozen=True, slots=True)

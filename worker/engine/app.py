@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import logging
-import os
+from contextlib import aclosing
 
 import torch
 import vllm
@@ -26,10 +26,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.asgi import App, Request, exchange
 from worker.config import MAX_CONCURRENCY
+from worker.engine import media
 from worker.engine.arguments import REFUSALS, changed, sentence
 from worker.engine.client import Client
-from worker.engine.media import NAME as CONNECTOR
 from worker.errors import ConfigurationError, Json, StartupError
+from worker.fetch import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,9 @@ class _Liveness:
 class Engine:
     """A loaded model and, once attached, vLLM's API over it."""
 
-    def __init__(self, client: AsyncLLM, args: argparse.Namespace) -> None:
+    def __init__(self, client: AsyncLLM, args: argparse.Namespace, fetcher: Fetcher) -> None:
         self.client = client
+        self._fetcher = fetcher
         self.args = args
         self._app: App | None = None
         self._liveness = _Liveness()
@@ -54,15 +56,14 @@ class Engine:
         self._lifespan: asyncio.Task[None] | None = None
 
     @classmethod
-    def load(cls, args: argparse.Namespace) -> "Engine":
-        """Load the model: minutes for a large one. Call it outside of any event loop.
+    def load(cls, args: argparse.Namespace, fetcher: Fetcher) -> "Engine":
+        """Load the model: minutes for a large one. Call it outside of any event loop. Media is fetched by `fetcher`.
 
         Raises:
             ConfigurationError: vLLM refuses the combination of model and settings.
             StartupError: the engine did not start.
         """
         set_ulimit()
-        os.environ["VLLM_MEDIA_CONNECTOR"] = CONNECTOR
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
         try:
@@ -79,7 +80,8 @@ class Engine:
             )
         except REFUSALS as error:
             raise StartupError(f"The engine did not start: {sentence(error)}") from error
-        return cls(client, args)
+        media.install(fetcher)
+        return cls(client, args, fetcher)
 
     @property
     def concurrency(self) -> int:
@@ -115,7 +117,7 @@ class Engine:
         except REFUSALS as error:
             raise ConfigurationError(sentence(error)) from error
         entered = asyncio.Event()
-        self._lifespan = asyncio.create_task(_live(app, entered))
+        self._lifespan = asyncio.create_task(_live(app, entered, self._fetcher))
         self._lifespan.add_done_callback(lambda _: entered.set())
         await entered.wait()
         if self._lifespan.done():
@@ -169,9 +171,9 @@ class Engine:
         self.client.shutdown(timeout=0)
 
 
-async def _live(app: Starlette, entered: asyncio.Event) -> None:
+async def _live(app: Starlette, entered: asyncio.Event, fetcher: Fetcher) -> None:
     """Stay within the app's lifespan, which logs the engine's statistics, until the loop ends and cancels this."""
-    async with app.router.lifespan_context(app):
+    async with app.router.lifespan_context(app), aclosing(fetcher):
         entered.set()
         await asyncio.Event().wait()
 

@@ -1,56 +1,58 @@
-"""vLLM's media connector, which also tells the calling job's meter what it fetched."""
+"""vLLM's media connector, the one door through which every route loads media, with the worker's fetching behind it."""
 
+import os
 import time
 from typing import Any
 
-import aiohttp
-from vllm.connections import HTTPConnection, MediaDownloadSizeExceededError
+from vllm.connections import HTTPConnection
+from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 
-from worker.meter import Fetch, Rejection, metered
+from worker.fetch import Fetcher, FetchError
+from worker.meter import Fetch, metered
 
 NAME = "worker"
 """What `VLLM_MEDIA_CONNECTOR` has to be for vLLM to use the connector."""
 
 
 class Connection(HTTPConnection):
-    """vLLM's HTTP client."""
+    """Stands in for vLLM's HTTP client, which goes to any address, by way of any proxy."""
 
-    async def async_get_bytes(self, url: str, **options: Any) -> bytes:
-        """Fetch a link, and enter it in the meter of the job that needs it."""
+    def __init__(self, fetcher: Fetcher) -> None:
+        super().__init__()
+        self._fetcher = fetcher
+
+    async def async_get_bytes(self, url: str, *, max_bytes: int | None = None, **_: Any) -> bytes:
+        """Fetch a link, and enter it in the meter of the job that needs it.
+
+        Raises:
+            VLLMUnprocessableEntityError: it cannot or must not be fetched.
+        """
         began = time.monotonic()
-        fetch = Fetch(0.0, rejection="unreachable")
+        fetch: Fetch | None = None
         try:
-            data = await super().async_get_bytes(url, **options)
+            data = await self._fetcher.get(url, max_bytes)
             fetch = Fetch(time.monotonic() - began, len(data))
-        except Exception as error:
-            fetch = Fetch(time.monotonic() - began, rejection=_reason(error))
-            raise
+        except FetchError as error:
+            fetch = Fetch(time.monotonic() - began, rejection=error.reason)
+            raise VLLMUnprocessableEntityError(f"Media cannot be fetched: {error}.") from None
         finally:
-            if (meter := metered.get()) is not None:
+            if fetch and (meter := metered.get()) is not None:
                 meter.fetches.append(fetch)
         return data
 
-
-def _reason(error: Exception) -> Rejection:
-    match error:
-        case MediaDownloadSizeExceededError():
-            return "too_large"
-        case aiohttp.ClientResponseError():
-            return "refused_by_server"
-        case TimeoutError():
-            return "timeout"
-        case ValueError():
-            return "invalid"
-    return "unreachable"
+    def get_bytes(self, *_: Any, **__: Any) -> bytes:
+        """Nothing fetches this way while requests are served."""
+        raise NotImplementedError("media is fetched asynchronously")
 
 
-@MEDIA_CONNECTOR_REGISTRY.register(NAME)
-class Connector(MediaConnector):
-    """The door through which every route loads media."""
+def install(fetcher: Fetcher) -> None:
+    """Make vLLM fetch media through `fetcher`."""
+    connection = Connection(fetcher)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"connection": _CONNECTION, **options})
+    class Connector(MediaConnector):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "connection": connection})
 
-
-_CONNECTION = Connection()
+    MEDIA_CONNECTOR_REGISTRY.register(NAME)(Connector)
+    os.environ["VLLM_MEDIA_CONNECTOR"] = NAME
