@@ -124,7 +124,7 @@ def serve_queue(worker: Worker, test_server: bool) -> None:
         elif worker.settings.worker_job_loop == "event":
             # The loop that serves is the one that attaches: before the first ping and the first request for jobs.
             runner.run(worker.attach())
-            queue.install(runner, worker.engine.died, worker.telemetry.stream_posts.inc)
+            queue.install(runner, worker.engine.died, worker.telemetry.stream_posts.inc, worker.status.drain)
         runpod.serverless.start(
             {
                 "handler": service.handler,

@@ -97,6 +97,7 @@ def http_worker() -> Iterator[HttpWorker]:
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_BSP_SCHEDULE_DELAY": "200",
+            "REQUEST_TIMEOUT": "5",
         }
         with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
             served = HttpWorker(port, worker, log, collector)

@@ -109,7 +109,7 @@ def test_a_list_that_is_no_json_is_a_mistake() -> None:
 
 
 def test_extra_arguments_that_no_shell_would_read_are_a_mistake() -> None:
-    with pytest.raises(ConfigurationError, match=r"VLLM_EXTRA_ARGS=.*No closing quotation"):
+    with pytest.raises(ConfigurationError, match="VLLM_EXTRA_ARGS: No closing quotation"):
         parsed({"VLLM_EXTRA_ARGS": "--dtype 'half"})
 
 
@@ -183,3 +183,17 @@ def test_traces_go_where_opentelemetry_says(protocol: str, endpoint: str) -> Non
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317/", "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
     assert config.load(environ).otlp_traces_endpoint == endpoint
     assert config.library_defaults(environ)["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == protocol
+
+
+def test_a_list_of_nothing_is_a_mistake() -> None:
+    with pytest.raises(ConfigurationError, match=r"WORKER_API_KEY=',': .*expected one or more, separated by commas"):
+        config.load({"WORKER_API_KEY": ","})
+
+
+def test_the_password_of_a_url_is_not_public() -> None:
+    public = config.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:pass@host/"}).public()
+    assert public["otel_exporter_otlp_endpoint"] == "https://***@host/"
+
+
+def test_the_engine_is_not_forked_from_a_process_that_serves() -> None:
+    assert config.library_defaults({})["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"

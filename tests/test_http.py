@@ -127,6 +127,18 @@ def test_a_client_that_leaves_its_stream_frees_the_engine(http: httpx.Client, ht
     assert gauges(http)["vllm:num_requests_running"] == 0
 
 
+def test_a_request_whose_time_is_up_frees_the_engine(http: httpx.Client, http_worker: HttpWorker) -> None:
+    """The worker's REQUEST_TIMEOUT is longer than any test's answer takes, but shorter than these tokens do."""
+    body = {**ENDLESS, "stream": False, "n": 16}
+    answer = http.post("/v1/completions", json=body, headers={"x-request-id": "too-long"})
+    assert answer.status_code == 504
+    (line,) = lines(http_worker, "too-long")
+    assert line["outcome"] == "timeout"
+    assert line["output_tokens"] < 16 * 1900
+    http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 1})
+    assert gauges(http)["vllm:num_requests_running"] == 0
+
+
 def test_health_and_info(http: httpx.Client) -> None:
     health = http.get("/health").json()
     assert (health["status"], health["jobs"], health["requests_running"]) == ("ready", 0, 0.0)

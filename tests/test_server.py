@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.conftest import free_port
 from worker.asgi import App, Receive, Send
@@ -312,6 +312,63 @@ def test_five_hundred_connections_at_once(plain: Worker) -> None:
     assert set(statuses) <= {200, 429}
     assert statuses.count(200) > 0
     assert plain.get("/ping").status_code == 200
+
+
+def test_a_body_that_is_cut_never_runs() -> None:
+    with serving() as worker:
+        for request in (b"Content-Length: 900\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"):
+            with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection:
+                connection.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\n" + request)
+        assert worker.post().status_code == 200
+        assert worker.outcomes() == ["ok"]
+
+
+def test_what_is_read_at_once_is_bounded() -> None:
+    with serving(max_request_bytes=800_000_000) as worker, ExitStack() as stack:
+        for _ in range(2):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", worker.port), timeout=10))
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 700000000\r\n\r\n{{".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 429")
+        assert worker.post().status_code == 200
+
+
+@pytest.mark.parametrize("named", ["x" * 129, "with space", "t\tab", "é"])
+def test_an_odd_request_id_is_replaced(plain: Worker, named: str) -> None:
+    assert len(plain.post(headers={"x-request-id": named.encode("latin-1")}).headers["x-request-id"]) == 32
+
+
+def test_only_a_browsers_preflight_goes_without_a_key() -> None:
+    preflight = {"origin": "http://page.example", "access-control-request-method": "POST"}
+    with serving(worker_api_key="key") as worker:
+        assert httpx.options(f"{worker.url}{CHAT}").status_code == 401
+        assert httpx.options(f"{worker.url}{CHAT}", headers={"authorization": "Bearer key"}).status_code == 405
+        assert httpx.options(f"{worker.url}{CHAT}", headers=preflight).status_code == 200
+        assert worker.outcomes() == []
+
+
+def test_a_request_whose_time_is_up_is_left_by_its_client() -> None:
+    """Being cancelled would not do: vLLM runs a request's handler in a task of its own."""
+    told = threading.Event()
+
+    async def handler(_scope: Any, receive: Receive, send: Send) -> None:
+        await receive()
+
+        async def wait_for_client() -> None:
+            if (await receive())["type"] == "http.disconnect":
+                told.set()
+
+        await asyncio.create_task(wait_for_client())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    with serving(handler, request_timeout=0.2) as worker:
+        assert worker.post().status_code == 504
+        assert told.wait(timeout=10)
+
+
+def test_refusals_are_counted() -> None:
+    with serving(worker_api_key="key") as worker:
+        worker.post()
+        assert 'worker_refused_total{status="401"} 1.0' in generate_latest(worker.telemetry.registry).decode()
 
 
 def test_garbage_is_no_request(plain: Worker) -> None:

@@ -69,3 +69,19 @@ def test_an_event_can_have_a_name() -> None:
 def test_characters_outside_ascii_are_not_escaped() -> None:
     assert "世界" in sse.event("世界").decode()
     assert json.loads(sse.event("世界")[6:]) == "世界"
+
+
+@pytest.mark.parametrize(
+    ("part", "status"),
+    [
+        pytest.param(b'data: {"choices": []}\n\n', None, id="no error"),
+        pytest.param(b'data: {"error": {"code": 404}}\n\n', 404, id="OpenAI"),
+        pytest.param(b'data: {"error": {"code": 404}}\n\ndata: [DONE]\n\n', 404, id="with the end"),
+        pytest.param(b'event: error\ndata: {"type": "error", "error": {"type": "x"}}\n\n', 500, id="Anthropic"),
+        pytest.param(b'event: response.failed\ndata: {"response": {}}\n\n', 500, id="responses"),
+        pytest.param(b'data: {"error": {"co', 500, id="cut"),
+        pytest.param(b"", None, id="nothing"),
+    ],
+)
+def test_the_status_of_an_error_within_a_stream(part: bytes, status: int | None) -> None:
+    assert sse.status_of([b": ping\n\n", part]) == status

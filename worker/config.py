@@ -132,12 +132,16 @@ class Settings(BaseModel):
     @field_validator("worker_api_key", "media_allowed_domains", mode="before")
     @classmethod
     def _split(cls, text: Any) -> Any:
-        return tuple(filter(None, map(str.strip, text.split(",")))) if isinstance(text, str) else text
+        if not isinstance(text, str):
+            return text
+        if not (items := tuple(filter(None, map(str.strip, text.split(","))))):
+            raise ValueError("expected one or more, separated by commas")
+        return items
 
     def public(self) -> dict[str, Any]:
         """Return every setting that is no secret."""
         return {
-            name: getattr(self, name) if field.repr else "***"
+            name: without_password(getattr(self, name)) if field.repr else "***"
             for name, field in type(self).model_fields.items()
             if field.repr or getattr(self, name)
         }
@@ -163,18 +167,25 @@ class Settings(BaseModel):
         return endpoint
 
 
+def without_password(value: Any) -> Any:
+    """Return a value without the user name and password of the URL that it may be."""
+    return re.sub(r"//[^/@]*@", "//***@", value) if isinstance(value, str) else value
+
+
 LIBRARY_DEFAULTS = {
     "RUNPOD_LOG_LEVEL": "INFO",
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "OTEL_SERVICE_NAME": "runpod-vllm-worker",
 }
 """What vLLM and the SDK are told unless the user says otherwise.
 
 The SDK's DEBUG level prints every chunk of output. Its checks open a CUDA context in the worker's process and call a
-public address; a model that has just generated a token proves more.
+public address; a model that has just generated a token proves more. vLLM's default, to fork, would copy locks and
+sockets of a server that is already listening.
 """
 
 
@@ -224,7 +235,8 @@ def engine_arguments(
     try:
         extra = shlex.split(settings.vllm_extra_args)
     except ValueError as error:
-        mistakes.append(f"VLLM_EXTRA_ARGS={settings.vllm_extra_args!r}: {error}; expected flags as in a shell")
+        # Without the value, which may hold a key.
+        mistakes.append(f"VLLM_EXTRA_ARGS: {error}; expected flags as in a shell")
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
     return arguments + extra

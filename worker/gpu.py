@@ -1,6 +1,7 @@
 """The GPUs' memory and utilization, asked of NVML at every scrape; without a GPU there is nothing to tell."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pynvml
@@ -20,12 +21,16 @@ class GpuCollector(Collector):
         used = GaugeMetricFamily("worker_gpu_memory_used_bytes", "Memory in use.", labels=["gpu"])
         total = GaugeMetricFamily("worker_gpu_memory_total_bytes", "Memory.", labels=["gpu"])
         busy = GaugeMetricFamily("worker_gpu_utilization_ratio", "Share of time in which a kernel ran.", labels=["gpu"])
-        for index in range(self._nvml.nvmlDeviceGetCount()):
-            device = self._nvml.nvmlDeviceGetHandleByIndex(index)
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(device)
-            used.add_metric([str(index)], memory.used)
-            total.add_metric([str(index)], memory.total)
-            busy.add_metric([str(index)], self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
+        # Not every GPU tells every figure, and one that has fallen off the bus tells none: what is there is told.
+        with suppress(pynvml.NVMLError):
+            for index in range(self._nvml.nvmlDeviceGetCount()):
+                device = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                with suppress(pynvml.NVMLError):
+                    memory = self._nvml.nvmlDeviceGetMemoryInfo(device)
+                    used.add_metric([str(index)], memory.used)
+                    total.add_metric([str(index)], memory.total)
+                with suppress(pynvml.NVMLError):
+                    busy.add_metric([str(index)], self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)
         yield from (used, total, busy)
 
 
@@ -33,13 +38,13 @@ def installed() -> list[dict[str, Any]]:
     """Return every GPU's name and memory in bytes."""
     try:
         pynvml.nvmlInit()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            {"name": pynvml.nvmlDeviceGetName(device), "memory": pynvml.nvmlDeviceGetMemoryInfo(device).total}
+            for device in devices
+        ]
     except pynvml.NVMLError:
         return []
-    devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    return [
-        {"name": pynvml.nvmlDeviceGetName(device), "memory": pynvml.nvmlDeviceGetMemoryInfo(device).total}
-        for device in devices
-    ]
 
 
 def register(registry: CollectorRegistry = REGISTRY) -> None:

@@ -4,6 +4,7 @@ stdout is left to a local run's result.
 """
 
 import logging
+import traceback
 from typing import Any, Literal
 
 Format = Literal["json", "text"]
@@ -47,6 +48,13 @@ def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) 
         "loggers": {name: {"level": level, "handlers": [], "propagate": True} for name, level in levels.items()},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
     }
+
+
+def frames(error: BaseException) -> str:
+    """Return where an error and its causes were raised, and their types, but no message: it may quote a user."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    before = f"{frames(cause)}\n" if cause else ""
+    return before + "".join([*traceback.format_tb(error.__traceback__), type(error).__qualname__])
 
 
 def log_for_sdk(_sdk_logger: object, message: object, message_level: str = "INFO", job_id: str | None = None) -> None:

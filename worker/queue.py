@@ -36,10 +36,16 @@ log = logging.getLogger(__name__)
 
 
 def install(
-    runner: asyncio.Runner, died: Callable[[], Coroutine[Any, Any, object]], posted: Callable[[], None]
+    runner: asyncio.Runner,
+    died: Callable[[], Coroutine[Any, Any, object]],
+    posted: Callable[[], None],
+    draining: Callable[[], None],
 ) -> None:
-    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`, until `died()` returns."""
-    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, died=died, posted=posted)
+    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`, until `died()` returns.
+
+    `posted` is told of every part of a stream that is sent, and `draining` that no more jobs are taken.
+    """
+    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, died=died, posted=posted, draining=draining)
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
@@ -51,9 +57,11 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         runner: asyncio.Runner,
         died: Callable[[], Coroutine[Any, Any, object]],
         posted: Callable[[], None],
+        draining: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._posted = posted
+        self._draining = draining
         self._runner = runner
         self._died = died
         self._slots: int = self.concurrency_modifier(1)
@@ -77,6 +85,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 (self._shutdown_event.wait(), self._died(), self.get_jobs(session), self.monitor_stop_signals(session)),
             )
             await asyncio.wait([shutdown, died, *polls[:1]], return_when=asyncio.FIRST_COMPLETED)
+            self._draining()
             ended = [task for task in (died, *polls) if task.done()]
             for task in (shutdown, died, *polls):
                 task.cancel()

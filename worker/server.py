@@ -8,10 +8,11 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import socket
 import threading
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,7 +21,7 @@ import uvicorn
 import uvloop
 
 from worker import sse
-from worker.asgi import App, Message, Receive, Send
+from worker.asgi import DISCONNECT_SECONDS, App, Message, Receive, Send
 from worker.config import Settings
 from worker.errors import (
     BodyTooLargeError,
@@ -35,10 +36,13 @@ from worker.errors import (
     UnauthorizedError,
     UnavailableError,
 )
+from worker.logs import frames
 from worker.monitor import Monitor
 from worker.routes import OWN_ROUTES, method_of
 from worker.status import State, Status
 from worker.telemetry import Record, Telemetry
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +50,26 @@ T = TypeVar("T")
 Headers = dict[bytes, bytes]
 
 BODY_SECONDS = 60.0
+BODIES_BYTES = 1 << 30
+"""What the bodies that are being read may come to together."""
+SEND_SECONDS = 60.0
+"""How long a client may take to read what it is sent before it counts as gone."""
 DRAIN_SECONDS = 30.0
 KEEP_ALIVE_SECONDS = 75
 """Longer than a load balancer keeps a connection, so that it never sends into one that has just been closed."""
 
 TRACE_HEADERS = (b"traceparent", b"tracestate")
+PREFLIGHT_HEADERS = {b"origin", b"access-control-request-method"}
 UNPROTECTED = ("/ping", "/health")
 WHY_NOT: dict[State, str] = {
     "loading": "The worker is loading its model. Try again in a few seconds.",
     "draining": "The worker is leaving. Try again: another one will answer.",
     "dead": "The worker's engine has died. Try again: another one will answer.",
 }
+
+
+class _ClientGoneError(Exception):
+    """Nobody is there to be answered."""
 
 
 class Gate:
@@ -81,6 +94,7 @@ class Gate:
         self._keys = [key.encode() for key in settings.worker_api_key]
         self._engine: App | None = None
         self._capacity = 0
+        self._reading = 0
         self.running = 0
         """Requests that the engine has now."""
 
@@ -102,23 +116,31 @@ class Gate:
             # A websocket that is closed before it is accepted is answered with 403.
             return await send({"type": "websocket.close"})
         headers: Headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
-        reply = _Reply(send, request_id)
+        named = headers.get(b"x-request-id", b"")
+        reply = _Reply(send, named.decode() if _REQUEST_ID.fullmatch(named) else uuid.uuid4().hex)
         try:
             await self._answer(scope, headers, receive, reply)
         except JobError as error:
+            if not reply.is_recorded:
+                self._telemetry.refused.labels(str(error.http_status)).inc()
             await reply.fail(error)
+        except _ClientGoneError:
+            return None
 
     async def _answer(self, scope: Message, headers: Headers, receive: Receive, reply: "_Reply") -> None:
         method, path = scope["method"], scope["path"]
-        if path not in UNPROTECTED and method != "OPTIONS":
+        preflight = method == "OPTIONS" and headers.keys() >= PREFLIGHT_HEADERS
+        if path not in UNPROTECTED and not preflight:
             self._authorize(headers)
         if path in (*OWN_ROUTES, "/openapi.json"):
             _check_method(method, "GET", path)
             return await self._monitor(scope, receive, reply.send)
-        self._check_route(method, path)
+        self._check_route(method, path, preflight)
         engine = self._ready_engine()
-        body = await _read(receive, headers, self._settings.max_request_bytes, self._body_seconds)
+        if preflight:
+            # What browsers ask beforehand; vLLM's CORS middleware answers it without going further.
+            return await engine(scope, receive, reply.send)
+        body = await self._read(receive, headers)
         self._check_capacity()
         caller = {name.decode(): value.decode("latin-1") for name, value in headers.items() if name in TRACE_HEADERS}
         with self._telemetry.job(reply.request_id, path, caller) as record:
@@ -129,8 +151,10 @@ class Gate:
             except JobError as error:
                 record.ended_with(error.http_status)
                 raise
-            except Exception:
-                log.exception("Request %s failed", reply.request_id)
+            except _ClientGoneError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the request's boundary
+                log.error("Request %s failed:\n%s", reply.request_id, frames(error))
                 record.ended_with(InternalError.status)
                 raise InternalError(reply.request_id) from None
             finally:
@@ -139,22 +163,53 @@ class Gate:
 
     async def _ask(self, engine: App, scope: Message, body: bytes, receive: Receive, reply: "_Reply") -> None:
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        expired = asyncio.Event()
 
         async def received() -> Message:
             if given:
                 return given.pop()
-            message = await receive()
+            message = await _unless(expired, receive())
             reply.gone = reply.gone or message["type"] == "http.disconnect"
             return message
 
         seconds = self._settings.request_timeout
+        asked = asyncio.ensure_future(engine(scope, received, reply.send))
         try:
-            async with asyncio.timeout(seconds):
-                await engine(scope, received, reply.send)
+            await asyncio.wait({asked}, timeout=seconds)
+            if asked.done() or seconds is None:
+                return asked.result()
+            # To the engine the end of its time is its client's leaving, upon which it stops; being cancelled is not.
+            reply.mute()
+            expired.set()
+            await asyncio.wait({asked}, timeout=DISCONNECT_SECONDS)
+            raise JobTimeoutError(seconds)
+        finally:
+            if not asked.done():
+                asked.cancel()
+                await asyncio.wait({asked})
+
+    async def _read(self, receive: Receive, headers: Headers) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            BodyTooLargeError: it has more bytes than allowed; what is over is not read.
+            BodyTooSlowError: it takes too long.
+            BusyError: too much is being read already.
+        """
+        limit, declared = self._settings.max_request_bytes, headers.get(b"content-length", b"")
+        expected = int(declared) if declared.isdigit() else limit if b"transfer-encoding" in headers else 0
+        if expected > limit:
+            raise BodyTooLargeError(limit)
+        if self._reading and self._reading + expected > BODIES_BYTES:
+            raise BusyError(self.running)
+        self._reading += expected
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                return await _body(receive, limit)
         except TimeoutError:
-            if seconds is None:
-                raise
-            raise JobTimeoutError(seconds) from None
+            raise BodyTooSlowError(self._body_seconds) from None
+        finally:
+            self._reading -= expected
 
     def _authorize(self, headers: Headers) -> None:
         if not self._keys:
@@ -166,14 +221,15 @@ class Gate:
         if not sum(hmac.compare_digest(key, one) for key in self._keys for one in given):
             raise UnauthorizedError
 
-    def _check_route(self, method: str, path: str) -> None:
+    def _check_route(self, method: str, path: str, preflight: bool) -> None:
         if not self._offers_engine:
             raise RouteNotFoundError(path, OWN_ROUTES)
         if self._settings.allow_control_routes:
             return
         if (expected := method_of(path)) is None:
             raise RouteNotFoundError(path)
-        _check_method(method, expected, path)
+        if not preflight:
+            _check_method(method, expected, path)
 
     def _ready_engine(self) -> App:
         state = self._status.state
@@ -195,7 +251,7 @@ def _with_headers(scope: Message, headers: dict[str, str]) -> Message:
 
 
 def _check_method(method: str, expected: str, path: str) -> None:
-    if method not in (expected, "OPTIONS"):
+    if method != expected:
         raise MethodNotAllowedError(method, expected, path)
 
 
@@ -209,15 +265,33 @@ class _Reply:
         self._status: int | None = None
         self._streams = False
         self._complete = False
+        self._muted = False
         self.gone = False
         """Whether the client has left."""
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether what became of the request is told by its record."""
+        return self._record is not None
+
+    def mute(self) -> None:
+        """Take no more from the app."""
+        self._muted = True
 
     def kept_in(self, record: Record) -> Self:
         self._record = record
         return self
 
     async def send(self, message: Message) -> None:
-        """Take a message from the app."""
+        """Take a message from the app.
+
+        Raises:
+            _ClientGoneError: the client does not read.
+        """
+        if not self._muted:
+            await self._pass(message)
+
+    async def _pass(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = [(name.lower(), value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
             self._status = message["status"]
@@ -230,7 +304,12 @@ class _Reply:
             self._complete = not message.get("more_body", False)
             if self._complete:
                 self._keep()
-        await self._send(message)
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._send(message)
+        except TimeoutError:
+            self.gone = True
+            raise _ClientGoneError from None
 
     def _keep(self) -> None:
         if self._record is not None and self._status is not None and not self.gone:
@@ -243,34 +322,34 @@ class _Reply:
             body = json.dumps(error.body(), ensure_ascii=False).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
             headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
-            await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
-            await self.send({"type": "http.response.body", "body": body})
+            await self._pass({"type": "http.response.start", "status": error.status, "headers": headers})
+            await self._pass({"type": "http.response.body", "body": body})
         elif self._streams and not self._complete:
-            await self._send({"type": "http.response.body", "body": sse.event(error.body()) + sse.DONE})
+            await self._pass({"type": "http.response.body", "body": sse.event(error.body()) + sse.DONE})
 
 
-async def _read(receive: Receive, headers: Headers, limit: int, seconds: float) -> bytes:
-    """Return the whole body.
-
-    Raises:
-        BodyTooLargeError: it has more than `limit` bytes; what is over is not read.
-        BodyTooSlowError: it takes too long.
-    """
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        raise BodyTooLargeError(limit)
+async def _body(receive: Receive, limit: int) -> bytes:
     body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _ClientGoneError
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise BodyTooLargeError(limit)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _unless(expired: asyncio.Event, receiving: Awaitable[Message]) -> Message:
+    """Return the client's next message, or its leaving once its time has expired."""
+    message, expiry = asyncio.ensure_future(receiving), asyncio.ensure_future(expired.wait())
     try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await receive()
-                body += message.get("body", b"")
-                if len(body) > limit:
-                    raise BodyTooLargeError(limit)
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        raise BodyTooSlowError(seconds) from None
+        await asyncio.wait({message, expiry}, return_when=asyncio.FIRST_COMPLETED)
+        return message.result() if message.done() else {"type": "http.disconnect"}
+    finally:
+        message.cancel()
+        expiry.cancel()
 
 
 class HttpServer:

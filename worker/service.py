@@ -11,6 +11,7 @@ from worker import jobs, sse
 from worker.asgi import App, Request, Response, exchange
 from worker.config import Settings
 from worker.errors import EngineResponseError, InternalError, JobError, JobTimeoutError, Json
+from worker.logs import frames
 from worker.pace import Pace, paced
 from worker.telemetry import Record, Telemetry
 
@@ -47,9 +48,9 @@ class Service:
                 record.ended_with(error.http_status)
                 for output in _failure(error, form):
                     yield output
-            except Exception:
+            except Exception as error:  # noqa: BLE001 - the job's boundary
                 record.ended_with(InternalError.status)
-                log.exception("Job %s failed", record.request_id)
+                log.error("Job %s failed:\n%s", record.request_id, frames(error))
                 for output in _failure(InternalError(record.request_id), form):
                     yield output
 
@@ -99,10 +100,10 @@ class _TimeLimit:
             JobTimeoutError: there is none in time.
         """
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline) as limit:
                 return await work
         except TimeoutError:
-            if self._seconds is None:
+            if self._seconds is None or not limit.expired():
                 raise
             raise JobTimeoutError(self._seconds) from None
 

@@ -65,12 +65,15 @@ def payload(event: bytes) -> Any | None:
     return None if data in (b"", b"[DONE]") else json.loads(data)
 
 
-def status_of(events: Iterable[bytes]) -> int | None:
-    """Return the HTTP status that an error among the events of an engine's stream would have; None without one."""
-    for one in events:
-        if one.startswith(_ERROR_STARTS):
-            error = (payload(one) or {}).get("error") or {}
-            code = error.get("code")
+def status_of(parts: Iterable[bytes]) -> int | None:
+    """Return the HTTP status that an error at the start of one of a stream's parts would have; None without one."""
+    for part in parts:
+        if part.startswith(_ERROR_STARTS):
+            first = _EVENT_END.split(part, maxsplit=1)[0]
+            try:
+                code = (payload(first) or {})["error"]["code"]
+            except (ValueError, LookupError, TypeError):
+                code = None
             return code if isinstance(code, int) else 500
     return None
 

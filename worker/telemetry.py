@@ -85,7 +85,9 @@ class Record:
             "total_seconds": round(total, 4),
             "queue_seconds": _rounded(self.meter.queue_seconds),
             "ttft_seconds": _rounded(to_first),
-            "tokens_per_second": round((tokens - 1) / decoding, 1) if decoding and tokens > 1 else None,
+            "tokens_per_second": round((tokens - 1) / decoding, 3)
+            if decoding and decoding > 0 and tokens > 1
+            else None,
             "finish_reason": self.meter.finish_reason,
             "outcome": self.outcome,
             "status": self.status,
@@ -126,6 +128,7 @@ class Telemetry:
         self._fetched_bytes = Counter("worker_media_fetched_bytes", "Media fetched by link.", registry=registry)
         self._rejected = Counter("worker_media_rejected", "Links not fetched.", ["reason"], registry=registry)
         self._media = Counter("worker_media", "Images, videos and so on in prompts.", ["modality"], registry=registry)
+        self.refused = Counter("worker_refused", "HTTP requests refused by the gate.", ["status"], registry=registry)
         self.stream_posts = Counter(
             "worker_stream_posts", "Parts of streams sent to RunPod's queue.", registry=registry
         )

@@ -66,7 +66,7 @@ def main(loop: str) -> None:
     if loop == "event":
         from worker import queue
 
-        queue.install(runner, handler.died.wait, posted=lambda: None)
+        queue.install(runner, handler.died.wait, posted=lambda: None, draining=lambda: None)
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(

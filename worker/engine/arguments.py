@@ -80,7 +80,8 @@ def changed(args: argparse.Namespace) -> Json:
     """Return the arguments that differ from vLLM's defaults, secrets left out, as something that is JSON."""
     defaults = vars(make_arg_parser(_Parser()).parse_args([]))  # type: ignore[no-untyped-call]
     differing = {name: value for name, value in vars(args).items() if value != defaults.get(name)}
-    return {name: "***" if name in SECRETS else _plain(value) for name, value in sorted(differing.items())}
+    told = {name: "***" if name in SECRETS else value for name, value in sorted(differing.items())}
+    return {name: _plain(config.without_password(value)) for name, value in told.items()}
 
 
 def _plain(value: Any) -> Any:
