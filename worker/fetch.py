@@ -161,9 +161,9 @@ def _matches(host: str, pattern: str) -> bool:
 class GuardedResolver(AbstractResolver):
     """Resolves a name, unless one of its addresses is not public: a name with both kinds is up to something."""
 
-    def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
+    def __init__(self, policy: Policy, resolver: AbstractResolver) -> None:
         self._policy = policy
-        self._resolver = resolver or ThreadedResolver()
+        self._resolver = resolver
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -188,7 +188,7 @@ class Fetcher:
 
     def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
-        self._resolver = GuardedResolver(policy, resolver)
+        self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
 
     async def get(self, link: str, max_bytes: int | None) -> bytes:
@@ -228,8 +228,9 @@ class Fetcher:
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
+            resolver = GuardedResolver(self._policy, self._resolver or ThreadedResolver())
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=self._resolver),
+                connector=aiohttp.TCPConnector(resolver=resolver),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": "runpod-vllm-worker", "Accept": "*/*"},
                 trust_env=False,
