@@ -153,8 +153,11 @@ def test_health_and_info(http: httpx.Client) -> None:
     assert info["settings"]["hf_token"] == "***"
 
 
-def test_the_metrics_are_one_exposition(http: httpx.Client) -> None:
-    http.post("/v1/chat/completions", json=CHAT | {"messages": seeing("What is this?", image_url("red"))})
+def test_the_metrics_are_one_exposition(http: httpx.Client, http_worker: HttpWorker) -> None:
+    body = CHAT | {"messages": seeing("What is this?", image_url("red"))}
+    http.post("/v1/chat/completions", json=body, headers={"x-request-id": "measured"})
+    # The answer is there a moment before what is told of it.
+    lines(http_worker, "measured")
     text = http.get("/metrics").text
     families = list(text_string_to_metric_families(text))
     names = [family.name for family in families]
