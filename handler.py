@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
+from typing import IO
 
 import uvloop
 
@@ -28,7 +29,7 @@ def main() -> int:
     try:
         settings = config.load(os.environ)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            configure_logs(settings, file.name)
+            configure_logs(settings, file)
             return run(Worker(settings, os.environ), options(sys.argv[1:]))
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
@@ -44,16 +45,16 @@ def options(argv: list[str]) -> argparse.Namespace:
     return known
 
 
-def configure_logs(settings: config.Settings, file: str) -> None:
+def configure_logs(settings: config.Settings, file: IO[str]) -> None:
     """Have this process, and by way of a file vLLM in all of its processes, log in one form."""
     lines = logs.configuration(
         settings.log_format, settings.log_level, settings.vllm_logging_level, settings.log_prompts
     )
     logging.config.dictConfig(lines)
     logging.captureWarnings(capture=True)
-    with open(file, "w", encoding="utf-8") as output:  # noqa: PTH123 - the file is open already
-        json.dump(lines, output)
-    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", file)
+    json.dump(lines, file)
+    file.flush()
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", file.name)
     if settings.log_prompts:
         logging.getLogger("worker").warning("LOG_PROMPTS is set: what users say and are told is written to this log")
 

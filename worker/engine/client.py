@@ -24,8 +24,7 @@ class Client(AsyncLLM):
         meter, pace = metered.get(), paced.get()
         if meter is None:
             return collector
-        paces = pace is not None and collector.aggregate
-        collector = PacedCollector(collector, pace) if paces and pace else _Collector(collector)
+        collector = PacedCollector(collector, pace) if pace and collector.aggregate else _Collector(collector)
         states = self._states(collector.request_id)
         for state in states:
             state.queue = collector
