@@ -16,6 +16,7 @@ import pytest
 
 from tests import tiny
 from tests.collector import Collector
+from tests.links import Server
 from tests.standin import StandinServer, WorkerProcess, worker_environment
 
 START_SECONDS = 180
@@ -62,6 +63,13 @@ def _wait_until_ready(server: StandinServer, worker: WorkerProcess, log: Path) -
     pytest.fail(f"The worker was not ready after {START_SECONDS} s:\n{log.read_text()[-4000:]}")
 
 
+@pytest.fixture(scope="session")
+def links() -> Iterator[Server]:
+    """Serve pictures and films, on loopback."""
+    with Server() as server:
+        yield server
+
+
 API_KEY = "key-that-no-log-may-hold"
 
 
@@ -98,6 +106,9 @@ def http_worker() -> Iterator[HttpWorker]:
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
             "OTEL_BSP_SCHEDULE_DELAY": "200",
             "REQUEST_TIMEOUT": "5",
+            "MEDIA_ALLOW_PRIVATE_NETWORKS": "true",
+            "MEDIA_FETCH_TIMEOUT": "2",
+            "ALLOWED_LOCAL_MEDIA_PATH": folder,
         }
         with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
             served = HttpWorker(port, worker, log, collector)

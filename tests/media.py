@@ -27,16 +27,38 @@ def picture(colour: str, size: tuple[int, int] = (64, 64), kind: str = "PNG") ->
     return file.getvalue()
 
 
-def film(first: str, last: str, frames: int = 16, size: tuple[int, int] = (64, 64)) -> bytes:
-    """Return an MP4 file that shows one colour, and another from its middle on."""
+CODECS = {"mp4": "mp4v", "mov": "mp4v", "webm": "VP90", "mkv": "mp4v", "avi": "MJPG"}
+
+
+def film(
+    first: str, last: str, frames: int = 16, size: tuple[int, int] = (64, 64), kind: str = "mp4", rate: float = 8.0
+) -> bytes:
+    """Return a video file that shows one colour, and another from its middle on; `rate` is in frames per second."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "film.mp4"
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 8.0, size)
+        path = Path(folder) / f"film.{kind}"
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*CODECS[kind]), rate, size)
         for index in range(frames):
             colour = shade(first if index < frames // 2 else last)
             writer.write(np.full((size[1], size[0], 3), colour[::-1], dtype=np.uint8))
         writer.release()
         return path.read_bytes()
+
+
+def animation(first: str, last: str, frames: int = 16) -> bytes:
+    """Return the same as a GIF file, 8 frames a second."""
+    file = io.BytesIO()
+    pictures = [Image.new("RGB", (64, 64), shade(first if index < frames // 2 else last)) for index in range(frames)]
+    # Each one differs a little, or Pillow would make one long frame of them.
+    for index, picture in enumerate(pictures):
+        picture.putpixel((index, 0), (0, 0, 0))
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=125)
+    return file.getvalue()
+
+
+def frames(first: str, last: str, count: int = 4) -> str:
+    """Return the same as a `data:` URL of JPEG frames."""
+    pictures = [picture(first if index < count // 2 else last, kind="JPEG") for index in range(count)]
+    return "data:video/jpeg;base64," + ",".join(map(encoded, pictures))
 
 
 def encoded(data: bytes) -> str:

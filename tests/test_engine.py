@@ -45,6 +45,17 @@ def test_vllms_own_spellings_work() -> None:
     assert "'l'" in str(args["lora_modules"])
 
 
+def test_limits_of_media_have_short_names() -> None:
+    args = parse(IMAGE_LIMIT="5", VIDEO_LIMIT="1", VIDEO_MAX_FRAMES="16")
+    assert args["limit_mm_per_prompt"] == {"image": 5, "video": 1}
+    assert args["media_io_kwargs"] == {"video": {"num_frames": 16, "max_frames": 16}}
+    longer = {"LIMIT_MM_PER_PROMPT": '{"image": 2}', "MEDIA_IO_KWARGS": '{"video": {"num_frames": 8}}'}
+    args = parse(IMAGE_LIMIT="5", AUDIO_LIMIT="1", VIDEO_MAX_FRAMES="16", **longer)
+    assert args["limit_mm_per_prompt"] == {"image": 2, "audio": 1}
+    assert args["media_io_kwargs"] == {"video": {"num_frames": 8, "max_frames": 16}}
+    assert not args["trust_request_mm_kwargs"]
+
+
 def test_prompts_are_logged_when_that_is_wanted_and_keys_are_not_checked_twice() -> None:
     args = parse(LOG_PROMPTS="true", VLLM_API_KEY="key")
     assert (args["enable_log_requests"], args["enable_log_outputs"]) == (True, True)

@@ -2,103 +2,35 @@
 
 import asyncio
 import socket
-import threading
 import time
-import zlib
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
 
-from worker.fetch import (
-    Fetcher,
-    FetchError,
-    Policy,
+from tests.links import Server
+from worker import fetch as fetching
+from worker.errors import (
+    LinkServerRefusedError,
+    MediaError,
+    MediaTooLargeError,
     RefusedLinkError,
-    ServerRefusedError,
-    TooLargeError,
     TooSlowError,
     UnreachableError,
-    is_public,
 )
+from worker.fetch import Fetcher, Policy, is_public
+from worker.media import Limit
 
+LIMIT = Limit("MAX_IMAGE_BYTES", 1_000_000)
 OPEN = Policy(seconds=10, private_networks=True)
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by path and remembers every request."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.hits: list[str] = []
-        self.headers: dict[str, str] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.hits.append(self.path)
-        self.server.headers = {name.lower(): value for name, value in self.headers.items()}
-        kind, _, rest = self.path[1:].partition("/")
-        match kind:
-            case "status":
-                self._answer(int(rest))
-            case "redirect":
-                self._answer(302, location=rest)
-            case "loop":
-                self._answer(301, location=self.path)
-            case "drip":
-                self.send_response(200)
-                self.end_headers()
-                for _ in range(100):
-                    time.sleep(0.05)
-                    self.wfile.write(b"x")
-                    self.wfile.flush()
-            case "endless":
-                self.send_response(200)
-                self.end_headers()
-                while True:
-                    self.wfile.write(b"x" * 65536)
-            case "packed":
-                self._answer(200, zlib.compress(b"\0" * 10_000_000), **{"content-encoding": "deflate"})
-            case "broken":
-                self._answer(200, b"short", **{"content-length": "1000"})
-            case _:
-                self._answer(200, b"hello")
-
-    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in ({"content-length": str(len(body))} | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Say nothing."""
-
-    def handle(self) -> None:
-        try:
-            super().handle()
-        except OSError:
-            """The client has left."""
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
         yield server
-        server.shutdown()
 
 
 class Names(AbstractResolver):
@@ -120,11 +52,20 @@ class Names(AbstractResolver):
         """Nothing is open."""
 
 
-def fetch(link: str, policy: Policy = OPEN, max_bytes: int | None = 1_000_000, resolver: Names | None = None) -> bytes:
+class Public(Names):
+    """Knows one name, and of the others what everybody knows."""
+
+    async def resolve(self, host: str, *arguments: Any, **options: Any) -> list[ResolveResult]:
+        if host == "public.example":
+            return await super().resolve(host, *arguments, **options)
+        return await ThreadedResolver().resolve(host, *arguments, **options)
+
+
+def fetch(link: str, policy: Policy = OPEN, resolver: Names | None = None) -> bytes:
     async def run() -> bytes:
         fetcher = Fetcher(policy, resolver)
         try:
-            return await fetcher.get(link, max_bytes)
+            return await fetcher.get(link, LIMIT)
         finally:
             await fetcher.aclose()
 
@@ -141,26 +82,26 @@ def test_redirects_are_followed_three_times(server: Server) -> None:
     chain = "/redirect/" * 3 + "/end"
     assert fetch(server.url + chain) == b"hello"
     assert len(server.hits) == 4
-    with pytest.raises(FetchError, match="redirects more than 3 times"):
+    with pytest.raises(MediaError, match="redirects more than 3 times"):
         fetch(f"{server.url}/loop/")
 
 
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
-        pytest.param("/status/404", ServerRefusedError, "HTTP status 404", id="404"),
-        pytest.param("/status/403", ServerRefusedError, "HTTP status 403", id="403"),
+        pytest.param("/status/404", LinkServerRefusedError, "HTTP status 404", id="404"),
+        pytest.param("/status/403", LinkServerRefusedError, "HTTP status 403", id="403"),
         pytest.param("/status/429", UnreachableError, "HTTP status 429", id="429"),
         pytest.param("/status/500", UnreachableError, "HTTP status 500", id="500"),
-        pytest.param("/endless/", TooLargeError, "more than 1000000 bytes", id="endless"),
-        pytest.param("/packed/", TooLargeError, "more than 1000000 bytes", id="small until unpacked"),
+        pytest.param("/endless/", MediaTooLargeError, "MAX_IMAGE_BYTES=1000000", id="endless"),
+        pytest.param("/packed/", MediaTooLargeError, "MAX_IMAGE_BYTES=1000000", id="small until unpacked"),
         pytest.param("/broken/", UnreachableError, "broke off", id="broken off"),
-        pytest.param("/redirect/ftp://example.org/x", RefusedLinkError, "only http and https", id="redirect to ftp"),
-        pytest.param("/redirect/file:///etc/passwd", RefusedLinkError, "only http and https", id="redirect to a file"),
+        pytest.param("/redirect/ftp://example.org/x", RefusedLinkError, "only https:, http:", id="redirect to ftp"),
+        pytest.param("/redirect/file:///etc/passwd", RefusedLinkError, "only https:, http:", id="redirect to a file"),
         pytest.param("/redirect/http://u:p@example.org/", RefusedLinkError, "user name", id="redirect with a password"),
     ],
 )
-def test_what_cannot_be_had(server: Server, path: str, error: type[FetchError], message: str) -> None:
+def test_what_cannot_be_had(server: Server, path: str, error: type[MediaError], message: str) -> None:
     with pytest.raises(error, match=message):
         fetch(server.url + path)
 
@@ -198,12 +139,30 @@ INSIDE = (
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("host", [*LOOPBACK, *INSIDE])
 def test_no_address_inside_is_connected_to(server: Server, scheme: str, host: str) -> None:
-    ports = ["", ":80", f":{server.server_port}"]
-    for port in ports:
-        with pytest.raises(FetchError) as caught:
+    for port in ("", ":80", f":{server.server_port}"):
+        began = time.monotonic()
+        with pytest.raises(RefusedLinkError):
             fetch(f"{scheme}://{host}{port}/x", Policy(seconds=1))
-        assert isinstance(caught.value, RefusedLinkError | FetchError)
+        assert time.monotonic() - began < 1
     assert server.hits == []
+
+
+@pytest.mark.parametrize("host", [host for host in (*LOOPBACK, *INSIDE) if host.isascii()])
+def test_no_redirect_leads_inside(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first server counts as public."""
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.7.7.7" or is_public(address))
+    with Server("127.7.7.7") as public, Server("0.0.0.0") as inside:
+        policy = Policy(seconds=5, ports=(80, 443, public.server_port, inside.server_port))
+        resolver = Public("127.7.7.7")
+        start = f"http://public.example:{public.server_port}/redirect/"
+        there = f"//{host}:{inside.server_port}/x"
+        for link in (f"http:{there}", f"https:{there}", there, f"/redirect/http:{there}", f"http://{host}/x"):
+            began = time.monotonic()
+            with pytest.raises(RefusedLinkError):
+                fetch(start + link, policy, resolver)
+            assert time.monotonic() - began < 1
+        assert len(public.hits) == 6
+        assert inside.hits == []
 
 
 @pytest.mark.parametrize(
@@ -235,7 +194,7 @@ def test_no_address_inside_is_connected_to(server: Server, scheme: str, host: st
     ],
 )
 def test_odd_links(server: Server, link: str) -> None:
-    with pytest.raises(FetchError):
+    with pytest.raises(MediaError):
         fetch(link, Policy(seconds=1), resolver=Names("127.0.0.1"))
     assert server.hits == []
 
@@ -306,7 +265,7 @@ def test_public_addresses(address: str, public: bool) -> None:
 def test_a_fetch_that_is_cancelled_leaves_the_server(server: Server) -> None:
     async def run() -> None:
         fetcher = Fetcher(OPEN)
-        task = asyncio.create_task(fetcher.get(f"{server.url}/drip/", None))
+        task = asyncio.create_task(fetcher.get(f"{server.url}/drip/", LIMIT))
         while not server.hits:  # noqa: ASYNC110 - the server is in a thread
             await asyncio.sleep(0.01)
         task.cancel()

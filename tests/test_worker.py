@@ -4,11 +4,9 @@ import base64
 import json
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -141,37 +139,6 @@ def test_an_image_and_a_video_in_one_message(client: openai.OpenAI) -> None:
     urls = [image_url("green"), media.data_url(media.film("red", "blue"), "video/mp4")]
     answer = ask(client, user("What do you see?", *urls), stream=False)
     assert answer == "The image is green. The video goes from red to blue."
-
-
-@pytest.fixture(scope="module")
-def media_server() -> Iterator[str]:
-    """Serve /COLOUR.png and /FIRST-LAST.mp4 on loopback."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            name, _, kind = self.path.lstrip("/").partition(".")
-            first, _, last = name.partition("-")
-            body = media.picture(first) if kind == "png" else media.film(first, last)
-            self.send_response(200)
-            self.send_header("Content-Type", "image/png" if kind == "png" else "video/mp4")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-@both_ways
-def test_media_by_url(client: openai.OpenAI, media_server: str, stream: bool) -> None:
-    assert ask(client, user("What is this?", f"{media_server}/cyan.png"), stream) == "The image is cyan."
-    answer = ask(client, user("What happens?", f"{media_server}/black-white.mp4"), stream)
-    assert answer == "The video goes from black to white."
 
 
 # ---- What OpenAI's client expects

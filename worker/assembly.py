@@ -1,6 +1,5 @@
 """The worker's parts, put together: what every mode needs, whichever way jobs arrive."""
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -10,13 +9,10 @@ import psutil
 from worker import gpu, weights
 from worker.asgi import App
 from worker.config import Settings
-from worker.fetch import Fetcher, Policy
 from worker.ledger import Ledger
 from worker.monitor import Monitor
 from worker.status import Status
 from worker.telemetry import Telemetry
-
-log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from worker.engine import Engine
@@ -61,16 +57,8 @@ class Worker:
         with self.ledger.phase("configuration"):
             args = parse_arguments(self._environ, self.settings, snapshot)
         with self.ledger.phase("engine"):
-            self._engine = Engine.load(args, Fetcher(self._media_policy()))
+            self._engine = Engine.load(args, self.settings)
         gpu.register(self.telemetry.registry)
-
-    def _media_policy(self) -> Policy:
-        settings = self.settings
-        if settings.media_allow_private_networks:
-            log.warning("MEDIA_ALLOW_PRIVATE_NETWORKS is set: links may lead to anything that this machine can reach")
-        return Policy(
-            settings.media_fetch_timeout, settings.media_allowed_domains, settings.media_allow_private_networks
-        )
 
     async def attach(self) -> App:
         """Return the worker's API as an ASGI app; it is made at the first call, in the loop that serves."""

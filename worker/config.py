@@ -104,8 +104,34 @@ class Settings(BaseModel):
     """Seconds for fetching one link to an image, a video or so on."""
     media_allowed_domains: tuple[str, ...] = ()
     """The only hosts whose links are fetched, `*.example.org` for every name below one; by default all public ones."""
+    media_allowed_ports: tuple[int, ...] = (80, 443, 8080, 8443)
+    """The only ports at which links are fetched."""
     media_allow_private_networks: Boolean = False
-    """Whether links into private networks are fetched; for local work."""
+    """Whether links into private networks, and to any port, are fetched; for local work."""
+    max_image_bytes: int = Field(default=20_000_000, ge=1)
+    """The largest image file."""
+    max_video_bytes: int = Field(default=200_000_000, ge=1)
+    """The largest video file."""
+    max_audio_bytes: int = Field(default=50_000_000, ge=1)
+    """The largest sound file."""
+    max_image_pixels: int = Field(default=64_000_000, ge=1)
+    """The largest image, or frame of a video."""
+    image_downscale_pixels: int | None = Field(default=None, ge=1)
+    """To how many pixels a larger image is scaled down; by default none is."""
+    max_video_seconds: float = Field(default=600.0, gt=0)
+    """The longest video."""
+    max_video_pixels: int = Field(default=1_000_000_000, ge=1)
+    """What the frames that are taken of a video may come to together."""
+    video_max_frames: int | None = Field(default=None, ge=1)
+    """How many frames are taken of a video at most; by default so many as vLLM takes for the model."""
+    media_decode_timeout: float = Field(default=120.0, gt=0)
+    """Seconds for decoding one video."""
+    image_limit: int | None = Field(default=None, ge=0)
+    """Images in one request; vLLM's `--limit-mm-per-prompt` says the same of every kind."""
+    video_limit: int | None = Field(default=None, ge=0)
+    """Videos in one request."""
+    audio_limit: int | None = Field(default=None, ge=0)
+    """Sounds in one request."""
     worker_job_loop: Literal["event", "sdk"] = "event"
     """Which loop takes jobs from the queue: the worker's own, or the SDK's."""
     allow_control_routes: Boolean = False
@@ -129,7 +155,7 @@ class Settings(BaseModel):
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
     """Of the worker's own lines."""
 
-    @field_validator("worker_api_key", "media_allowed_domains", mode="before")
+    @field_validator("worker_api_key", "media_allowed_domains", "media_allowed_ports", mode="before")
     @classmethod
     def _split(cls, text: Any) -> Any:
         if not isinstance(text, str):

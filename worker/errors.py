@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from worker.routes import ROUTES
 
 Json = dict[str, Any]
+Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]
 
 
 class WorkerError(Exception):
@@ -139,6 +140,53 @@ class UnavailableError(JobError):
     status = 503
     type = "ServiceUnavailableError"
     headers = MappingProxyType({"retry-after": "5"})
+
+
+class MediaError(JobError):
+    """An image, a video or a sound that cannot be had or used; the message never tells what was found behind a link."""
+
+    status = 400
+    type = "BadRequestError"
+    reason: ClassVar[Rejection] = "invalid"
+
+
+class RefusedLinkError(MediaError):
+    """The link leads where the worker does not go."""
+
+    status = 403
+    type = "PermissionDeniedError"
+    reason = "refused"
+
+
+class MediaTooLargeError(MediaError):
+    """There is more of it than is allowed: bytes, pixels, seconds or pieces."""
+
+    status = 413
+    reason = "too_large"
+
+
+class LinkServerRefusedError(MediaError):
+    """The link's server says that there is nothing to have."""
+
+    status = 422
+    type = "UnprocessableEntityError"
+    reason = "refused_by_server"
+
+
+class UnreachableError(MediaError):
+    """The link's server cannot be reached or has failed."""
+
+    status = 424
+    type = "FailedDependencyError"
+    reason = "unreachable"
+
+
+class TooSlowError(MediaError):
+    """What is behind the link did not arrive in time."""
+
+    status = 504
+    type = "TimeoutError"
+    reason = "timeout"
 
 
 class JobTimeoutError(JobError):

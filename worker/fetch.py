@@ -8,8 +8,8 @@ credentials, goes along.
 import asyncio
 import ipaddress
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -17,9 +17,9 @@ from aiohttp.resolver import ThreadedResolver
 from runpod.serverless.utils.rp_ssrf import is_safe_address
 from yarl import URL
 
-from worker.meter import Rejection
+from worker.errors import LinkServerRefusedError, MediaError, RefusedLinkError, TooSlowError, UnreachableError
+from worker.media import Limit, check_size
 
-PORTS = (80, 443, 8080, 8443)
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 1 << 16
@@ -34,47 +34,6 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
-class FetchError(Exception):
-    """A link that is not fetched; the message is for its sender and never says what was found behind it."""
-
-    status: ClassVar[int] = 422
-    reason: ClassVar[Rejection] = "invalid"
-
-
-class RefusedLinkError(FetchError):
-    """The link leads where the worker does not go."""
-
-    status = 403
-    reason = "refused"
-
-
-class TooLargeError(FetchError):
-    """What is behind the link is larger than allowed."""
-
-    status = 413
-    reason = "too_large"
-
-
-class TooSlowError(FetchError):
-    """What is behind the link did not arrive in time."""
-
-    status = 504
-    reason = "timeout"
-
-
-class UnreachableError(FetchError):
-    """The link's server cannot be reached or has failed."""
-
-    status = 424
-    reason = "unreachable"
-
-
-class ServerRefusedError(FetchError):
-    """The link's server says that there is nothing to have."""
-
-    reason = "refused_by_server"
-
-
 @dataclass(frozen=True, slots=True)
 class Policy:
     """What may be fetched."""
@@ -83,6 +42,7 @@ class Policy:
     """For all of a fetch, redirects included."""
     domains: tuple[str, ...] = ()
     """If any, only these; `*.example.org` stands for every name below example.org."""
+    ports: tuple[int, ...] = (80, 443, 8080, 8443)
     private_networks: bool = False
     """Whether any address and port will do."""
 
@@ -93,17 +53,23 @@ class Policy:
             RefusedLinkError: it is not to be fetched.
         """
         if url.scheme not in ("http", "https") or not url.host:
-            raise RefusedLinkError("only http and https links with a host are fetched")
+            raise RefusedLinkError(
+                "only https:, http:, data: and file: links are taken; for s3: and the like, presign a https: link"
+            )
         if url.user is not None or url.password is not None:
             raise RefusedLinkError("a link must hold no user name or password")
         if self.domains and not any(_matches(url.host, pattern) for pattern in self.domains):
-            raise RefusedLinkError(f"the link's host is none of MEDIA_ALLOWED_DOMAINS={','.join(self.domains)}")
+            raise RefusedLinkError(f"the link's host is none of MEDIA_ALLOWED_DOMAINS={_listed(self.domains)}")
         if self.private_networks:
             return
-        if url.port not in PORTS:
-            raise RefusedLinkError(f"a link's port must be one of {', '.join(map(str, PORTS))}")
-        if (address := _literal(url.host)) is not None and not is_public(address):
+        if url.port not in self.ports:
+            raise RefusedLinkError(f"the link's port is none of MEDIA_ALLOWED_PORTS={_listed(self.ports)}")
+        if _is_local(url.host) or ((address := _literal(url.host)) is not None and not is_public(address)):
             raise RefusedLinkError("the link does not lead to a public address")
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ",".join(map(str, items))
 
 
 def _parsed(link: str) -> URL:
@@ -138,6 +104,11 @@ def _unwrapped(address: Address) -> list[Address]:
         return [low]
     carried = [address.sixtofour, *(address.teredo or ()), low if address in _COMPATIBLE else None]
     return [address, *(one for one in carried if one is not None)]
+
+
+def _is_local(host: str) -> bool:
+    name = host.rstrip(".").lower()
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def _literal(host: str) -> str | None:
@@ -191,40 +162,40 @@ class Fetcher:
         self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
 
-    async def get(self, link: str, max_bytes: int | None) -> bytes:
+    async def get(self, link: str, limit: Limit) -> bytes:
         """Return what is behind a link, unpacked if the server packed it.
 
         Raises:
-            FetchError: it cannot or must not be fetched.
+            MediaError: it cannot or must not be fetched.
         """
         try:
             async with asyncio.timeout(self._policy.seconds):
-                return await self._follow(_parsed(link), max_bytes)
+                return await self._follow(_parsed(link), limit)
         except TimeoutError:
             raise TooSlowError(
                 f"the link was not fetched within MEDIA_FETCH_TIMEOUT={self._policy.seconds:g} s"
             ) from None
-        except FetchError:
+        except MediaError:
             raise
         except aiohttp.ClientPayloadError:
             raise UnreachableError("the link's server broke off or sent what cannot be unpacked") from None
         except (aiohttp.ClientError, OSError) as error:
             # The resolver's refusal arrives within the connector's error.
-            if isinstance(refused := error.__cause__ or error.__context__, FetchError):
+            if isinstance(refused := error.__cause__ or error.__context__, MediaError):
                 raise refused from None
             raise UnreachableError("the link's server cannot be reached") from None
         except ValueError:
-            raise FetchError("the link is no URL") from None
+            raise MediaError("the link is no URL") from None
 
-    async def _follow(self, url: URL, max_bytes: int | None) -> bytes:
+    async def _follow(self, url: URL, limit: Limit) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(url)
             async with self._client().get(url, allow_redirects=False) as answer:
                 if answer.status not in REDIRECTS:
-                    return await _body(answer, max_bytes)
+                    return await _body(answer, limit)
                 location = answer.headers.get("location", "")
             url = url.join(_parsed(location))
-        raise FetchError(f"the link redirects more than {MAX_REDIRECTS} times")
+        raise MediaError(f"the link redirects more than {MAX_REDIRECTS} times")
 
     def _client(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -243,17 +214,14 @@ class Fetcher:
             await self._session.close()
 
 
-async def _body(answer: aiohttp.ClientResponse, max_bytes: int | None) -> bytes:
+async def _body(answer: aiohttp.ClientResponse, limit: Limit) -> bytes:
     if answer.status >= 500 or answer.status in (408, 429):
         raise UnreachableError(f"the link's server answered with HTTP status {answer.status}")
     if answer.status >= 400:
-        raise ServerRefusedError(f"the link's server answered with HTTP status {answer.status}")
-    too_large = TooLargeError(f"what is behind the link has more than {max_bytes} bytes")
-    if max_bytes is not None and (answer.content_length or 0) > max_bytes:
-        raise too_large
+        raise LinkServerRefusedError(f"the link's server answered with HTTP status {answer.status}")
+    check_size(answer.content_length or 0, limit)
     body = bytearray()
     async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
         body += chunk
-        if max_bytes is not None and len(body) > max_bytes:
-            raise too_large
+        check_size(len(body), limit)
     return bytes(body)

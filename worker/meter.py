@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
+
+from worker.errors import Rejection
 
 
 class EngineRequest(Protocol):
@@ -39,17 +41,13 @@ class EngineRequest(Protocol):
         """Why it ended: `stop`, `length`, …; None while it has not, or was aborted."""
 
 
-Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]
-
-
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One link to an image, a video or so on, fetched or not."""
+    """One link to an image, a video or so on that was fetched."""
 
     seconds: float
-    size: int = 0
+    size: int
     """In bytes."""
-    rejection: Rejection | None = None
 
 
 class Meter:
@@ -58,6 +56,8 @@ class Meter:
     def __init__(self) -> None:
         self._requests: list[EngineRequest] = []
         self.fetches: list[Fetch] = []
+        self.rejections: list[Rejection] = []
+        """Why media were not taken."""
 
     def add(self, request: EngineRequest) -> None:
         """Take in a request; it is asked again at every reading, also after it has ended."""

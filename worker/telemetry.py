@@ -126,7 +126,7 @@ class Telemetry:
         )
         self._fetched = _histogram("worker_media_fetch_seconds", "Fetching a link to media.", registry)
         self._fetched_bytes = Counter("worker_media_fetched_bytes", "Media fetched by link.", registry=registry)
-        self._rejected = Counter("worker_media_rejected", "Links not fetched.", ["reason"], registry=registry)
+        self._rejected = Counter("worker_media_rejected", "Media not taken.", ["reason"], registry=registry)
         self._media = Counter("worker_media", "Images, videos and so on in prompts.", ["modality"], registry=registry)
         self.refused = Counter("worker_refused", "HTTP requests refused by the gate.", ["status"], registry=registry)
         self.stream_posts = Counter(
@@ -168,8 +168,8 @@ class Telemetry:
         for fetch in record.meter.fetches:
             self._fetched.observe(fetch.seconds)
             self._fetched_bytes.inc(fetch.size)
-            if fetch.rejection:
-                self._rejected.labels(fetch.rejection).inc()
+        for reason in record.meter.rejections:
+            self._rejected.labels(reason).inc()
         if record.outcome == "engine_error":
             self.last_error = {"request_id": record.request_id, "at": round(time.time()), "status": record.status}
         log.info(

@@ -25,12 +25,11 @@ from vllm.utils.system_utils import set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.asgi import App, Request, exchange
-from worker.config import MAX_CONCURRENCY
+from worker.config import MAX_CONCURRENCY, Settings
 from worker.engine import media
 from worker.engine.arguments import REFUSALS, changed, sentence
 from worker.engine.client import Client
 from worker.errors import ConfigurationError, Json, StartupError
-from worker.fetch import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +45,9 @@ class _Liveness:
 class Engine:
     """A loaded model and, once attached, vLLM's API over it."""
 
-    def __init__(self, client: AsyncLLM, args: argparse.Namespace, fetcher: Fetcher) -> None:
+    def __init__(self, client: AsyncLLM, args: argparse.Namespace, guard: media.Guard) -> None:
         self.client = client
-        self._fetcher = fetcher
+        self._guard = guard
         self.args = args
         self._app: App | None = None
         self._liveness = _Liveness()
@@ -56,8 +55,8 @@ class Engine:
         self._lifespan: asyncio.Task[None] | None = None
 
     @classmethod
-    def load(cls, args: argparse.Namespace, fetcher: Fetcher) -> "Engine":
-        """Load the model: minutes for a large one. Call it outside of any event loop. Media is fetched by `fetcher`.
+    def load(cls, args: argparse.Namespace, settings: Settings) -> "Engine":
+        """Load the model: minutes for a large one. Call it outside of any event loop.
 
         Raises:
             ConfigurationError: vLLM refuses the combination of model and settings.
@@ -80,8 +79,9 @@ class Engine:
             )
         except REFUSALS as error:
             raise StartupError(f"The engine did not start: {sentence(error)}") from error
-        media.install(fetcher)
-        return cls(client, args, fetcher)
+        guard = media.guard(settings, args.allowed_media_domains)
+        media.install(guard)
+        return cls(client, args, guard)
 
     @property
     def concurrency(self) -> int:
@@ -102,7 +102,7 @@ class Engine:
         """Return vLLM's API as an ASGI app, built at the first call, in the loop that serves."""
         async with self._attaching:
             if self._app is None:
-                app = await self._build_app()
+                app = media.watched(await self._build_app())
                 await self._warm_up(app)
                 self._app = app
             return self._app
@@ -112,12 +112,13 @@ class Engine:
         tasks = await self.client.get_supported_tasks()
         app = build_app(self.args, tasks, self.client.model_config)
         app.state.server = self._liveness
+        media.explain(app)
         try:
             await init_app_state(self.client, app.state, self.args, tasks)
         except REFUSALS as error:
             raise ConfigurationError(sentence(error)) from error
         entered = asyncio.Event()
-        self._lifespan = asyncio.create_task(_live(app, entered, self._fetcher))
+        self._lifespan = asyncio.create_task(_live(app, entered, self._guard))
         self._lifespan.add_done_callback(lambda _: entered.set())
         await entered.wait()
         if self._lifespan.done():
@@ -131,7 +132,9 @@ class Engine:
             StartupError: the engine fails.
         """
         calls: list[tuple[str, Json]] = [("/v1/completions", {"prompt": "Hello"})]
-        if self._takes_images():
+        if self._takes("video"):
+            self._guard.decoders.prepare()
+        if self._takes("image"):
             calls.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": [_image_part()]}]}))
         for path, body in calls:
             request = Request("POST", path, "", {"content-type": "application/json"}, _json({**body, "max_tokens": 2}))
@@ -143,9 +146,9 @@ class Engine:
                 # A model that does not generate, or has no chat template, is none the worse for it.
                 log.info("No warm-up through %s: HTTP %d", path, response.status)
 
-    def _takes_images(self) -> bool:
+    def _takes(self, kind: str) -> bool:
         processor = self.client.renderer.mm_processor
-        return processor is not None and processor.info.allowed_mm_limits.get("image", 0) > 0
+        return processor is not None and processor.info.allowed_mm_limits.get(kind, 0) > 0
 
     def describe(self) -> Json:
         """Return what is worth knowing about the model and how it runs."""
@@ -171,9 +174,9 @@ class Engine:
         self.client.shutdown(timeout=0)
 
 
-async def _live(app: Starlette, entered: asyncio.Event, fetcher: Fetcher) -> None:
+async def _live(app: Starlette, entered: asyncio.Event, guard: media.Guard) -> None:
     """Stay within the app's lifespan, which logs the engine's statistics, until the loop ends and cancels this."""
-    async with app.router.lifespan_context(app), aclosing(fetcher):
+    async with app.router.lifespan_context(app), aclosing(guard):
         entered.set()
         await asyncio.Event().wait()
 

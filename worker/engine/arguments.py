@@ -62,6 +62,7 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
             "ENABLE_LOG_REQUESTS and ENABLE_LOG_OUTPUTS write what users say to the log. "
             "Set LOG_PROMPTS=true if that is wanted; it implies both."
         )
+    _limit_media(args, settings)
     args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
     # Keys are checked before a request comes here. None would have vLLM look for one in the environment.
@@ -74,6 +75,17 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
             f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {choice}"
         )
     return args
+
+
+def _limit_media(args: argparse.Namespace, settings: config.Settings) -> None:
+    """Put the short settings of media where vLLM, which ignores them for a model of text only, looks for them."""
+    kinds = {"image": settings.image_limit, "video": settings.video_limit, "audio": settings.audio_limit}
+    said = {kind: limit for kind, limit in kinds.items() if limit is not None}
+    args.limit_mm_per_prompt = {**said, **args.limit_mm_per_prompt}
+    if (frames := settings.video_max_frames) is not None:
+        # Loaders for some models have a name of their own for it.
+        video = {"num_frames": frames, "max_frames": frames, **args.media_io_kwargs.get("video", {})}
+        args.media_io_kwargs = {**args.media_io_kwargs, "video": video}
 
 
 def changed(args: argparse.Namespace) -> Json:

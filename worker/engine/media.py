@@ -1,58 +1,296 @@
-"""vLLM's media connector, the one door through which every route loads media, with the worker's fetching behind it."""
+"""vLLM's media connector, the one door through which every route loads media, with the worker's guard at it."""
 
+import asyncio
+import logging
 import os
+import re
 import time
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import Any, NoReturn, TypeVar, cast
 
-from vllm.connections import HTTPConnection
-from vllm.exceptions import VLLMUnprocessableEntityError
-from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
+import pybase64
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from vllm.exceptions import GracefulHTTPError, VLLMError
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, MediaWithBytes
+from vllm.multimodal.media.audio import AudioMediaIO
+from vllm.multimodal.media.base import MediaIO
+from vllm.multimodal.media.connector import global_thread_pool
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.media.video import VideoMediaIO
+from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from worker.fetch import Fetcher, FetchError
-from worker.meter import Fetch, metered
+from worker import media, parts
+from worker.asgi import App, Message, Receive, Send
+from worker.config import Settings
+from worker.errors import MediaError
+from worker.fetch import Fetcher, Policy
+from worker.media import Kind, Limit, Limits
+from worker.meter import Fetch, Meter, metered
+from worker.video import DAMAGED, Capture, Decoders
 
 NAME = "worker"
 """What `VLLM_MEDIA_CONNECTOR` has to be for vLLM to use the connector."""
 
+_KINDS: dict[type[MediaIO[Any]], Kind] = {ImageMediaIO: "image", VideoMediaIO: "video", AudioMediaIO: "audio"}
+_TOO_MANY = re.compile(r"At most (\d+) (image|video|audio)")
+_TEXT_ONLY = "is not a multimodal model"
 
-class Connection(HTTPConnection):
-    """Stands in for vLLM's HTTP client, which goes to any address, by way of any proxy."""
+_body: ContextVar[list[bytes] | None] = ContextVar("body", default=None)
+_captures: ContextVar[list[Capture] | None] = ContextVar("captures", default=None)
 
-    def __init__(self, fetcher: Fetcher) -> None:
-        super().__init__()
-        self._fetcher = fetcher
+T = TypeVar("T")
 
-    async def async_get_bytes(self, url: str, *, max_bytes: int | None = None, **_: Any) -> bytes:
-        """Fetch a link, and enter it in the meter of the job that needs it.
+log = logging.getLogger(__name__)
+
+
+class _RefusalError(GracefulHTTPError):
+    """A `MediaError` in the form that all of vLLM's routes pass on, status and all."""
+
+    def __init__(self, error: MediaError) -> None:
+        super().__init__(str(error), HTTPStatus(error.status))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """What media have to pass."""
+
+    fetcher: Fetcher
+    limits: Limits
+    decoders: Decoders
+
+    async def aclose(self) -> None:
+        """End connections and processes."""
+        await self.fetcher.aclose()
+        self.decoders.close()
+
+
+class Connector(MediaConnector):
+    """Loads media by way of a guard, which `install` provides."""
+
+    guard: Guard
+    _fetching: dict[tuple[Meter | None, str, Limit], asyncio.Task[bytes]]
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+        """Return the media behind a link of any sort, decoded by vLLM.
 
         Raises:
-            VLLMUnprocessableEntityError: it cannot or must not be fetched.
+            GracefulHTTPError: it is not taken; the message says which part of the request it is, and why.
         """
-        began = time.monotonic()
-        fetch: Fetch | None = None
+        del fetch_timeout
         try:
-            data = await self._fetcher.get(url, max_bytes)
-            fetch = Fetch(time.monotonic() - began, len(data))
-        except FetchError as error:
-            fetch = Fetch(time.monotonic() - began, rejection=error.reason)
-            raise VLLMUnprocessableEntityError(f"Media cannot be fetched: {error}.") from None
-        finally:
-            if fetch and (meter := metered.get()) is not None:
-                meter.fetches.append(fetch)
+            return await self._load(url, media_io)
+        except MediaError as error:
+            if (meter := metered.get()) is not None:
+                meter.rejections.append(error.reason)
+            raise _RefusalError(_located(error, url, _KINDS[type(media_io)])) from None
+
+    def load_from_url(self, *_: Any, **__: Any) -> NoReturn:
+        """Nothing is loaded this way while requests are served."""
+        raise NotImplementedError("media are loaded asynchronously")
+
+    async def _load(self, url: str, media_io: MediaIO[Any]) -> Any:
+        kind = _KINDS[type(media_io)]
+        limit = self.guard.limits.bytes[kind]
+        scheme = url[:5].lower()
+        if scheme == "data:":
+            return await self._in_thread(self._decode_url, url, media_io)
+        if scheme == "file:":
+            data = await self._in_thread(media.read_file, url, self.allowed_local_media_path, limit)
+        else:
+            data = await self._fetch_once(url, limit)
+        return await self._in_thread(self._decode, data, media_io)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do something that takes time; what it has begun to decode is given up when nobody waits for it any more."""
+        captures: list[Capture] = []
+        context = copy_context()
+        context.run(_captures.set, captures)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(global_thread_pool, partial(context.run, work, *arguments))
+        except asyncio.CancelledError:
+            for capture in captures:
+                capture.abort()
+            raise
+
+    async def _fetch_once(self, url: str, limit: Limit) -> bytes:
+        """Fetch a link, together with whoever else needs it for the same job."""
+        key = (metered.get(), url, limit)
+        if (task := self._fetching.get(key)) is None:
+            task = self._fetching[key] = asyncio.create_task(self._fetch(url, limit))
+            task.add_done_callback(lambda _: self._fetching.pop(key))
+        return await task
+
+    async def _fetch(self, url: str, limit: Limit) -> bytes:
+        began = time.monotonic()
+        data = await self.guard.fetcher.get(url, limit)
+        if (meter := metered.get()) is not None:
+            meter.fetches.append(Fetch(time.monotonic() - began, len(data)))
         return data
 
-    def get_bytes(self, *_: Any, **__: Any) -> bytes:
-        """Nothing fetches this way while requests are served."""
-        raise NotImplementedError("media is fetched asynchronously")
+    def _decode_url(self, url: str, media_io: MediaIO[Any]) -> Any:
+        spec, comma, text = url[5:].partition(",")
+        media_type, *parameters = spec.lower().split(";")
+        if not comma or "base64" not in parameters:
+            raise MediaError("a data: URL must be data:<media type>;base64,<data>")
+        if isinstance(media_io, VideoMediaIO) and media_type == "video/jpeg":
+            self._check_frames(text, media_io)
+            return self._guarded(media_io, lambda: media_io.load_base64(media_type, text))
+        media.check_size(len(text) * 3 // 4 - 2, self.guard.limits.bytes[_KINDS[type(media_io)]])
+        return self._decode(_unpacked(text), media_io)
+
+    def _check_frames(self, text: str, media_io: VideoMediaIO) -> None:
+        limits = self.guard.limits
+        media.check_size(len(text) * 3 // 4, limits.bytes["video"])
+        frames = text.split(",")
+        if 0 < media_io.num_frames < len(frames):
+            raise MediaError(f"it has {len(frames)} frames; at most VIDEO_MAX_FRAMES={media_io.num_frames} are taken")
+        for frame in frames:
+            media.check_image(_unpacked(frame), limits)
+
+    def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
+        kind, limits = _KINDS[type(media_io)], self.guard.limits
+        if kind == "image":
+            media.check_image(data, limits)
+        else:
+            media.check_size(len(data), limits.bytes[kind])
+            media.check_kind(data, kind)
+        return self._guarded(media_io, lambda: media_io.load_bytes(data))
+
+    def _guarded(self, media_io: MediaIO[Any], decode: Callable[[], Any]) -> Any:
+        try:
+            decoded = decode()
+        except (MediaError, ImportError):
+            raise
+        except Exception:  # noqa: BLE001 - decoders raise whatever they stumble over
+            raise MediaError(DAMAGED) from None
+        finally:
+            for capture in _captures.get() or ():
+                capture.close()
+        if isinstance(media_io, ImageMediaIO):
+            return self._downscaled(decoded)
+        if isinstance(media_io, VideoMediaIO) and not len(decoded.media[0]):
+            raise MediaError(DAMAGED)
+        return decoded
+
+    def _downscaled(self, image: MediaWithBytes[Image.Image]) -> MediaWithBytes[Image.Image]:
+        pixels = self.guard.limits.downscale_pixels
+        if (smaller := media.downscaled(image.media, pixels)) is image.media:
+            return image
+        return MediaWithBytes(smaller, image.original_bytes, {**(image.io_config or {}), "downscale_pixels": pixels})
 
 
-def install(fetcher: Fetcher) -> None:
-    """Make vLLM fetch media through `fetcher`."""
-    connection = Connection(fetcher)
+def _unpacked(text: str) -> bytes:
+    try:
+        return pybase64.b64decode(text, validate=True)
+    except ValueError:
+        raise MediaError("its data is no valid base64") from None
 
-    class Connector(MediaConnector):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "connection": connection})
 
-    MEDIA_CONNECTOR_REGISTRY.register(NAME)(Connector)
+def _located(error: MediaError, url: str, kind: Kind) -> MediaError:
+    """Return the error with the part of the request that it is about, as far as that can be told."""
+    where = parts.path_of(b"".join(_body.get() or ()), url)
+    return type(error)(f"{where or 'The request'}, {'a' if kind == 'video' else 'an'} {kind}: {error}.", param=where)
+
+
+def guard(settings: Settings, domains: Iterable[str] | None) -> Guard:
+    """Return the guard that the settings, and vLLM's own `--allowed-media-domains`, ask for."""
+    if settings.media_allow_private_networks:
+        log.warning("MEDIA_ALLOW_PRIVATE_NETWORKS is set: links may lead to anything that this machine can reach")
+    policy = Policy(
+        seconds=settings.media_fetch_timeout,
+        domains=(*settings.media_allowed_domains, *(domains or ())),
+        ports=settings.media_allowed_ports,
+        private_networks=settings.media_allow_private_networks,
+    )
+    return Guard(Fetcher(policy), Limits.of(settings), Decoders())
+
+
+def install(guard: Guard) -> None:
+    """Have vLLM load media through `guard`."""
+
+    class Guarded(Connector):
+        pass
+
+    def open_video_capture(data: bytes) -> Capture:
+        capture = guard.decoders.open(data, guard.limits)
+        if (captures := _captures.get()) is not None:
+            captures.append(capture)
+        return capture
+
+    Guarded.guard, Guarded._fetching = guard, {}
+    MEDIA_CONNECTOR_REGISTRY.register(NAME)(Guarded)
     os.environ["VLLM_MEDIA_CONNECTOR"] = NAME
+    os.environ["VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"] = str(-(-guard.limits.bytes["audio"].value // (1 << 20)))
+    # vLLM has no other place at which a program could say how videos are opened.
+    setattr(OpenCVVideoBackendMixin, "open_video_capture", staticmethod(open_video_capture))  # noqa: B010 - to mypy
+    Image.MAX_IMAGE_PIXELS = int(guard.limits.image_pixels.value)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def watched(app: App) -> App:
+    """Return an app that remembers the body of its request, so that errors can name the part that they are about."""
+
+    async def watching(scope: Message, receive: Receive, send: Send) -> None:
+        pieces: list[bytes] = []
+
+        async def kept() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                pieces.append(message.get("body", b""))
+            return message
+
+        _body.set(pieces)
+        await app(scope, kept, send)
+
+    return watching
+
+
+def explain(app: Starlette) -> None:
+    """Have an app answer what is wrong with media in the worker's words, where its routes let errors through."""
+    for kind in (VLLMError, ValueError):
+        otherwise = app.exception_handlers[kind]
+
+        async def answer(request: Request, error: Exception, otherwise: Any = otherwise) -> Response:
+            if (explained := _explained(error)) is None:
+                answered: Response = await otherwise(request, error)
+                return answered
+            return JSONResponse(explained.body(), explained.http_status)
+
+        app.add_exception_handler(kind, answer)
+    # One has been built already, with the handlers that there were.
+    app.middleware_stack = None
+
+
+def _explained(error: Exception) -> MediaError | None:
+    if isinstance(error, _RefusalError):
+        return error.error
+    body = b"".join(_body.get() or ())
+    if _TEXT_ONLY in str(error):
+        where = [path for kind in parts.KEYS for path in parts.paths_of(body, kind)]
+        return _refused(where[:1], "the model takes text only, no images, videos or sounds")
+    if found := _TOO_MANY.match(str(error)):
+        limit, kind = int(found[1]), cast("Kind", found[2])
+        where = parts.paths_of(body, kind)[limit:]
+        if not limit:
+            return _refused(where, f"the model, or its settings, takes no {kind}")
+        return _refused(
+            where, f"at most {limit} of kind {kind} may be in one request; {kind.upper()}_LIMIT allows more"
+        )
+    return None
+
+
+def _refused(where: list[str], why: str) -> MediaError:
+    path = next(iter(where), None)
+    if _meter := metered.get():
+        _meter.rejections.append(MediaError.reason)
+    return MediaError(f"{path or 'Media'}: {why}.", param=path)

@@ -1,0 +1,202 @@
+"""Videos, decoded in processes of their own: a damaged one has been seen to crash OpenCV, or to hold it up for good."""
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from worker.errors import MediaError, MediaTooLargeError
+from worker.media import Limits, check_pixels
+
+DAMAGED = "it cannot be decoded: it is cut off or damaged"
+START_SECONDS = 30.0
+MAX_MISSES = 1000
+"""Frames in a row that may be missing: a container may claim billions."""
+
+Frame = npt.NDArray[np.uint8]
+
+
+class _Process:
+    """One decoder."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Without the worker's environment, which holds its keys.
+            self._process = subprocess.Popen(  # noqa: S603 - its own program
+                [sys.executable, "-m", "worker.decoder", str(theirs.fileno())],
+                env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENCV_LOG_LEVEL": "OFF"},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self.connection: Connection[Any, Any] = Connection(ours.detach())
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        self._process.wait()
+        self.connection.close()
+
+
+class Decoders:
+    """The processes that are there; one is started when all are busy."""
+
+    def __init__(self) -> None:
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+
+    def prepare(self) -> None:
+        """Start one now, so that the first video need not wait for it."""
+        self._idle.put(_Process())
+
+    def open(self, data: bytes, limits: Limits) -> "Capture":
+        """Return a video, ready to be read.
+
+        Raises:
+            MediaError: it cannot be, or must not.
+        """
+        return Capture(self._take(), data, limits, self._idle.put)
+
+    def _take(self) -> _Process:
+        with suppress(queue.Empty):
+            while True:
+                process = self._idle.get_nowait()
+                if process.is_alive:
+                    return process
+                process.close()
+        return _Process()
+
+    def close(self) -> None:
+        """End the processes."""
+        with suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()
+
+
+class Capture:
+    """What `cv2.VideoCapture` is, as far as vLLM makes use of it, within limits.
+
+    Every method raises a `MediaError` once the video turns out to be damaged, too large or too slow.
+    """
+
+    def __init__(self, process: _Process, data: bytes, limits: Limits, give_back: Callable[[_Process], None]) -> None:
+        self._process: _Process | None = process
+        self._limits = limits
+        self._give_back = give_back
+        self._ends_at = time.monotonic() + START_SECONDS + limits.decode_seconds.value
+        self._misses = 0
+        self._pixels = 0
+        try:
+            if not self._ask("open", then=data):
+                raise MediaError(DAMAGED)
+            self._check()
+        except MediaError:
+            self.close()
+            raise
+        self._ends_at = time.monotonic() + limits.decode_seconds.value
+
+    def _check(self) -> None:
+        """Compare what the container says with the limits, before a frame is decoded."""
+        width, height = int(self.get(cv2.CAP_PROP_FRAME_WIDTH)), int(self.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        frames, rate = self.get(cv2.CAP_PROP_FRAME_COUNT), self.get(cv2.CAP_PROP_FPS)
+        longest = self._limits.video_seconds
+        if width < 1 or height < 1:
+            raise MediaError(DAMAGED)
+        check_pixels(width, height, self._limits.image_pixels)
+        if not (frames >= 1 and rate > 0):
+            raise MediaError("its container does not tell how long it is; remux it")
+        if frames / rate > longest.value:
+            raise MediaTooLargeError(f"it is {frames / rate:.0f} s long, which is more than {longest} allows")
+
+    def isOpened(self) -> bool:  # noqa: N802 - OpenCV's name
+        """Tell whether it can be read."""
+        return self._process is not None
+
+    def get(self, prop: int) -> float:
+        """Return a property."""
+        return float(self._ask("get", prop))
+
+    def set(self, prop: int, value: float) -> bool:
+        """Set a property; tell whether that was possible."""
+        return bool(self._ask("set", prop, value))
+
+    def grab(self) -> bool:
+        """Go to the next frame; tell whether there is one."""
+        found = bool(self._ask("grab"))
+        self._misses = 0 if found else self._misses + 1
+        if self._misses > MAX_MISSES:
+            raise MediaError(DAMAGED)
+        return found
+
+    def retrieve(self) -> tuple[bool, Frame | None]:
+        """Return whether the frame could be decoded, and the frame: (height, width, 3), blue first."""
+        shape = self._ask("retrieve")
+        if shape is None:
+            return False, None
+        height, width, _ = shape
+        self._pixels += height * width
+        frame: Frame = np.empty((height, width, 3), np.uint8)
+        try:
+            self._connection().recv_bytes_into(frame.reshape(-1))
+        except (OSError, EOFError):
+            raise self._broken(MediaError(DAMAGED)) from None
+        check_pixels(width, height, self._limits.image_pixels)
+        if self._pixels > self._limits.video_pixels.value:
+            raise MediaTooLargeError(
+                f"its frames have together more pixels than {self._limits.video_pixels} allows; "
+                "VIDEO_MAX_FRAMES may have fewer of them taken"
+            )
+        return True, frame
+
+    def abort(self) -> None:
+        """Have whatever is being asked, in another thread, fail at once."""
+        if process := self._process:
+            process.kill()
+
+    def close(self) -> None:
+        """Give the process back, if it is still good."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            self._give_back(process)
+
+    def _ask(self, *question: object, then: bytes | None = None) -> Any:
+        connection = self._connection()
+        try:
+            connection.send_bytes(json.dumps(question).encode())
+            if then is not None:
+                connection.send_bytes(then)
+            if connection.poll(max(0.0, self._ends_at - time.monotonic())):
+                return json.loads(connection.recv_bytes())
+        except (OSError, EOFError):
+            raise self._broken(MediaError(DAMAGED)) from None
+        raise self._broken(MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s"))
+
+    def _connection(self) -> "Connection[Any, Any]":
+        if self._process is None:
+            raise MediaError(DAMAGED)
+        return self._process.connection
+
+    def _broken(self, error: MediaError) -> MediaError:
+        """Return `error`, having ended the process, which nobody knows the state of."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        return error
