@@ -45,8 +45,9 @@ check: setup ## Lint, types, and whether vLLM and the SDK still are what the cod
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
 	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
 
-bench: setup ## Compare the worker with vllm serve (BENCH="--servers worker http sdk-loop"); takes a while
+bench: setup ## Compare the worker with vllm serve, and its media with vLLM's; takes a while
 	@$(BIN)/python -m bench $(BENCH)
+	@$(BIN)/python -m bench.media
 
 endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
 	@$(BIN)/python -m bench.endurance

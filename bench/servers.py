@@ -52,7 +52,7 @@ class Server:
 @contextmanager
 def vllm_serve(log: Path) -> Iterator[Server]:
     """Run vLLM's own server."""
-    port = _free_port()
+    port = free_port()
     environ = tiny.environment()
     flags = ["--model", environ.pop("MODEL_NAME"), "--port", str(port), "--disable-uvicorn-access-log"]
     for name, value in environ.items():
@@ -68,7 +68,7 @@ def vllm_serve(log: Path) -> Iterator[Server]:
 @contextmanager
 def worker(name: str, log: Path, **environ: str) -> Iterator[Server]:
     """Run the worker behind the platform's stand-in, as RunPod's queue does."""
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "tests.standin", "--port", str(port), "--", sys.executable, "handler.py"]
     with _process(command, tiny.environment() | environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v2/local/openai/v1"
@@ -79,7 +79,7 @@ def worker(name: str, log: Path, **environ: str) -> Iterator[Server]:
 @contextmanager
 def http_worker(log: Path) -> Iterator[Server]:
     """Run the worker in HTTP mode."""
-    port = _free_port()
+    port = free_port()
     environ = tiny.environment() | {"PORT": str(port)}
     with _process([sys.executable, "handler.py"], environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
@@ -127,7 +127,7 @@ def _wait(process: psutil.Popen, url: str, log: Path) -> None:
     raise RuntimeError(f"it was not ready after {START_SECONDS} s:\n{log.read_text()[-3000:]}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -24,7 +24,7 @@ LIMITS = Limits.of(config.load({}))
 
 @pytest.fixture
 def decoders() -> Iterator[Decoders]:
-    decoders = Decoders()
+    decoders = Decoders(LIMITS)
     yield decoders
     decoders.close()
 
@@ -47,20 +47,20 @@ def children() -> list[psutil.Process]:
 
 def test_a_process_is_used_again(decoders: Decoders) -> None:
     film = media.film("red", "blue")
-    assert [frames_of(decoders.open(film, LIMITS)) for _ in range(3)] == [16] * 3
+    assert [frames_of(decoders.open(film)) for _ in range(3)] == [16] * 3
     assert len(children()) == 1
 
 
 def test_several_at_once(decoders: Decoders) -> None:
     film = media.film("red", "blue")
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(lambda _: frames_of(decoders.open(film, LIMITS)), range(12)))
+        counts = list(pool.map(lambda _: frames_of(decoders.open(film)), range(12)))
     assert counts == [16] * 12
     assert 1 <= len(children()) <= 4
 
 
 def read_as_vllm_does(decoders: Decoders, data: bytes) -> None:
-    capture = decoders.open(data, LIMITS)
+    capture = decoders.open(data)
     capture.set(cv2.CAP_PROP_POS_AVI_RATIO, 1.0)
     capture.grab()
     capture.set(cv2.CAP_PROP_POS_FRAMES, 0)
@@ -72,7 +72,7 @@ def test_a_process_that_dies_is_replaced(decoders: Decoders, file: Path) -> None
     with pytest.raises(MediaError, match="damaged"):
         read_as_vllm_does(decoders, file.read_bytes())
     assert children() == []
-    assert frames_of(decoders.open(media.film("red", "blue"), LIMITS)) == 16
+    assert frames_of(decoders.open(media.film("red", "blue"))) == 16
 
 
 def test_one_that_has_died_idle_is_replaced(decoders: Decoders) -> None:
@@ -80,11 +80,11 @@ def test_one_that_has_died_idle_is_replaced(decoders: Decoders) -> None:
     (idle,) = children()
     idle.kill()
     idle.wait(timeout=10)
-    assert frames_of(decoders.open(media.film("red", "blue"), LIMITS)) == 16
+    assert frames_of(decoders.open(media.film("red", "blue"))) == 16
 
 
 def test_one_that_is_aborted_fails_in_whichever_thread_waits_for_it(decoders: Decoders) -> None:
-    capture = decoders.open(media.film("red", "blue"), LIMITS)
+    capture = decoders.open(media.film("red", "blue"))
     capture.abort()
     with pytest.raises(MediaError):
         frames_of(capture)
@@ -93,8 +93,10 @@ def test_one_that_is_aborted_fails_in_whichever_thread_waits_for_it(decoders: De
 def test_it_holds_no_secret_and_ends_with_its_worker() -> None:
     program = """
         import sys, time
+        from worker import config
+        from worker.media import Limits
         from worker.video import Decoders
-        Decoders().prepare()
+        Decoders(Limits.of(config.load({}))).prepare()
         print("ready", flush=True)
         time.sleep(60)
     """

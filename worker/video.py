@@ -1,6 +1,7 @@
 """Videos, decoded in processes of their own: a damaged one has been seen to crash OpenCV, or to hold it up for good."""
 
 import json
+import mmap
 import os
 import queue
 import socket
@@ -23,26 +24,32 @@ DAMAGED = "it cannot be decoded: it is cut off or damaged"
 START_SECONDS = 30.0
 MAX_MISSES = 1000
 """Frames in a row that may be missing: a container may claim billions."""
+MAX_DEFERRED = 100
 
 Frame = npt.NDArray[np.uint8]
 
 
 class _Process:
-    """One decoder."""
+    """One decoder, and the memory in which it puts frames of so many bytes at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, frame_bytes: int) -> None:
         ours, theirs = socket.socketpair()
+        memory = os.memfd_create("frames")
+        os.ftruncate(memory, frame_bytes)
+        descriptors = (theirs.fileno(), memory)
         with theirs:
             # Without the worker's environment, which holds its keys.
             self._process = subprocess.Popen(  # noqa: S603 - its own program
-                [sys.executable, "-m", "worker.decoder", str(theirs.fileno())],
+                [sys.executable, "-m", "worker.decoder", *map(str, descriptors)],
                 env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENCV_LOG_LEVEL": "OFF"},
-                pass_fds=[theirs.fileno()],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
         self.connection: Connection[Any, Any] = Connection(ours.detach())
+        self.frames: Frame = np.frombuffer(mmap.mmap(memory, 0, prot=mmap.PROT_READ), np.uint8)
+        os.close(memory)
 
     @property
     def is_alive(self) -> bool:
@@ -60,20 +67,21 @@ class _Process:
 class Decoders:
     """The processes that are there; one is started when all are busy."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
     def prepare(self) -> None:
         """Start one now, so that the first video need not wait for it."""
-        self._idle.put(_Process())
+        self._idle.put(self._start())
 
-    def open(self, data: bytes, limits: Limits) -> "Capture":
+    def open(self, data: bytes) -> "Capture":
         """Return a video, ready to be read.
 
         Raises:
             MediaError: it cannot be, or must not.
         """
-        return Capture(self._take(), data, limits, self._idle.put)
+        return Capture(self._take(), data, self._limits, self._idle.put)
 
     def _take(self) -> _Process:
         with suppress(queue.Empty):
@@ -82,7 +90,10 @@ class Decoders:
                 if process.is_alive:
                     return process
                 process.close()
-        return _Process()
+        return self._start()
+
+    def _start(self) -> _Process:
+        return _Process(3 * int(self._limits.image_pixels.value))
 
     def close(self) -> None:
         """End the processes."""
@@ -102,6 +113,8 @@ class Capture:
         self._limits = limits
         self._give_back = give_back
         self._ends_at = time.monotonic() + START_SECONDS + limits.decode_seconds.value
+        self._passing = False
+        self._deferred = 0
         self._misses = 0
         self._pixels = 0
         try:
@@ -132,39 +145,52 @@ class Capture:
 
     def get(self, prop: int) -> float:
         """Return a property."""
-        return float(self._ask("get", prop))
+        return float(self._question("get", prop))
 
     def set(self, prop: int, value: float) -> bool:
         """Set a property; tell whether that was possible."""
-        return bool(self._ask("set", prop, value))
+        return bool(self._question("set", prop, value))
 
     def grab(self) -> bool:
-        """Go to the next frame; tell whether there is one."""
-        found = bool(self._ask("grab"))
-        self._misses = 0 if found else self._misses + 1
+        """Go to the next frame; tell whether there is one, as far as that is known yet.
+
+        Of several grabs in a row, which pass over frames that are not wanted, those after the first are made together,
+        later.
+        """
+        if self._passing and self._deferred < MAX_DEFERRED:
+            self._deferred += 1
+            return True
+        self._catch_up()
+        self._passing = True
+        return self._grabbed(1)
+
+    def _catch_up(self) -> bool:
+        deferred, self._deferred = self._deferred, 0
+        return self._grabbed(deferred) if deferred else True
+
+    def _grabbed(self, times: int) -> bool:
+        found: list[bool] = self._ask("grab", times)
+        self._misses = 0 if any(found) else self._misses + times
         if self._misses > MAX_MISSES:
             raise MediaError(DAMAGED)
-        return found
+        return found[-1]
 
     def retrieve(self) -> tuple[bool, Frame | None]:
-        """Return whether the frame could be decoded, and the frame: (height, width, 3), blue first."""
-        shape = self._ask("retrieve")
+        """Return whether the frame could be decoded, and the frame, until the next: (height, width, 3), blue first."""
+        if not self._catch_up():
+            return False, None
+        shape = self._question("retrieve")
         if shape is None:
             return False, None
-        height, width, _ = shape
-        self._pixels += height * width
-        frame: Frame = np.empty((height, width, 3), np.uint8)
-        try:
-            self._connection().recv_bytes_into(frame.reshape(-1))
-        except (OSError, EOFError):
-            raise self._broken(MediaError(DAMAGED)) from None
+        height, width, channels = shape
         check_pixels(width, height, self._limits.image_pixels)
+        self._pixels += height * width
         if self._pixels > self._limits.video_pixels.value:
             raise MediaTooLargeError(
                 f"its frames have together more pixels than {self._limits.video_pixels} allows; "
                 "VIDEO_MAX_FRAMES may have fewer of them taken"
             )
-        return True, frame
+        return True, self._live().frames[: height * width * channels].reshape(height, width, channels)
 
     def abort(self) -> None:
         """Have whatever is being asked, in another thread, fail at once."""
@@ -177,8 +203,14 @@ class Capture:
             process, self._process = self._process, None
             self._give_back(process)
 
+    def _question(self, *question: object) -> Any:
+        """Ask something that comes after the grabs so far."""
+        self._catch_up()
+        self._passing = False
+        return self._ask(*question)
+
     def _ask(self, *question: object, then: bytes | None = None) -> Any:
-        connection = self._connection()
+        connection = self._live().connection
         try:
             connection.send_bytes(json.dumps(question).encode())
             if then is not None:
@@ -189,10 +221,10 @@ class Capture:
             raise self._broken(MediaError(DAMAGED)) from None
         raise self._broken(MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s"))
 
-    def _connection(self) -> "Connection[Any, Any]":
+    def _live(self) -> _Process:
         if self._process is None:
             raise MediaError(DAMAGED)
-        return self._process.connection
+        return self._process
 
     def _broken(self, error: MediaError) -> MediaError:
         """Return `error`, having ended the process, which nobody knows the state of."""

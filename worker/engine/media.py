@@ -212,7 +212,8 @@ def guard(settings: Settings, domains: Iterable[str] | None) -> Guard:
         ports=settings.media_allowed_ports,
         private_networks=settings.media_allow_private_networks,
     )
-    return Guard(Fetcher(policy), Limits.of(settings), Decoders())
+    limits = Limits.of(settings)
+    return Guard(Fetcher(policy), limits, Decoders(limits))
 
 
 def install(guard: Guard) -> None:
@@ -222,7 +223,7 @@ def install(guard: Guard) -> None:
         pass
 
     def open_video_capture(data: bytes) -> Capture:
-        capture = guard.decoders.open(data, guard.limits)
+        capture = guard.decoders.open(data)
         if (captures := _captures.get()) is not None:
             captures.append(capture)
         return capture
