@@ -12,6 +12,8 @@ import signal
 import sys
 import tempfile
 from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
 from typing import IO
 
 import uvloop
@@ -19,7 +21,8 @@ import uvloop
 from worker import config, local, logs
 from worker.assembly import Worker
 from worker.errors import EngineDiedError, StartupError
-from worker.server import Gate, HttpServer
+from worker.listener import HttpServer
+from worker.server import Gate
 from worker.service import Job, Service
 
 
@@ -71,7 +74,8 @@ def run(worker: Worker, chosen: argparse.Namespace) -> int:
             ports.insert(0, settings.http_port)
         server = stack.enter_context(HttpServer(gate, ports)) if ports else None
         stack.callback(worker.shutdown)
-        worker.load()
+        serves_queue = job is None and mode != "http"
+        worker.load(meanwhile=partial(import_module, "worker.queue") if serves_queue else lambda: None)
         if job is not None:
             return asyncio.run(answer(worker, job))
         if mode == "http" and server is not None:

@@ -56,7 +56,7 @@ def vllm_serve(log: Path) -> Iterator[Server]:
     environ = tiny.environment()
     flags = ["--model", environ.pop("MODEL_NAME"), "--port", str(port), "--disable-uvicorn-access-log"]
     for name, value in environ.items():
-        if not name.startswith(("VLLM_", "HF_")):
+        if not name.startswith(("VLLM_", "HF_", "OMP_")):
             flags += [f"--{name.lower().replace('_', '-')}", *([] if value == "true" else [value])]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
     with _process(command, environ, log) as process:

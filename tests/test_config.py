@@ -193,7 +193,3 @@ def test_a_list_of_nothing_is_a_mistake() -> None:
 def test_the_password_of_a_url_is_not_public() -> None:
     public = config.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:pass@host/"}).public()
     assert public["otel_exporter_otlp_endpoint"] == "https://***@host/"
-
-
-def test_the_engine_is_not_forked_from_a_process_that_serves() -> None:
-    assert config.library_defaults({})["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"

@@ -21,8 +21,9 @@ from worker.asgi import App, Receive, Send
 from worker.config import Settings
 from worker.errors import ConfigurationError
 from worker.ledger import Ledger
+from worker.listener import HttpServer
 from worker.monitor import Monitor
-from worker.server import Gate, HttpServer
+from worker.server import Gate
 from worker.status import Status
 from worker.telemetry import Telemetry
 

@@ -1,7 +1,7 @@
 """The worker's parts, put together: what every mode needs, whichever way jobs arrive."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import psutil
@@ -44,8 +44,8 @@ class Worker:
         """Jobs to run at once."""
         return self.settings.max_concurrency or self.engine.concurrency
 
-    def load(self) -> None:
-        """Find the weights and load the engine.
+    def load(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Find the weights and load the engine; `meanwhile` is done in a thread while its process loads.
 
         Raises:
             StartupError: that cannot be done.
@@ -57,7 +57,7 @@ class Worker:
         with self.ledger.phase("configuration"):
             args = parse_arguments(self._environ, self.settings, snapshot)
         with self.ledger.phase("engine"):
-            self._engine = Engine.load(args, self.settings)
+            self._engine = Engine.load(args, self.settings, meanwhile)
         gpu.register(self.telemetry.registry)
 
     async def attach(self) -> App:

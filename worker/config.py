@@ -204,14 +204,12 @@ LIBRARY_DEFAULTS = {
     "RUNPOD_SKIP_GPU_CHECK": "true",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "OTEL_SERVICE_NAME": "runpod-vllm-worker",
 }
 """What vLLM and the SDK are told unless the user says otherwise.
 
 The SDK's DEBUG level prints every chunk of output. Its checks open a CUDA context in the worker's process and call a
-public address; a model that has just generated a token proves more. vLLM's default, to fork, would copy locks and
-sockets of a server that is already listening.
+public address; a model that has just generated a token proves more.
 """
 
 

@@ -1,7 +1,6 @@
-"""HTTP mode: vLLM's routes behind a gate, on ports that listen before the model is there.
+"""HTTP mode: vLLM's routes behind a gate, which answers before the model is there.
 
-The server runs in a thread with a loop of its own, because loading keeps the main thread busy; the engine is attached
-in that loop. What the gate lets through goes to vLLM's app as it is, and what comes back is vLLM's own answer.
+What the gate lets through goes to vLLM's app as it is, and what comes back is vLLM's own answer.
 """
 
 import asyncio
@@ -9,16 +8,10 @@ import hmac
 import json
 import logging
 import re
-import socket
-import threading
 import uuid
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Self, TypeVar
-
-import uvicorn
-import uvloop
+from typing import Self
 
 from worker import sse
 from worker.asgi import DISCONNECT_SECONDS, App, Message, Receive, Send
@@ -27,7 +20,6 @@ from worker.errors import (
     BodyTooLargeError,
     BodyTooSlowError,
     BusyError,
-    ConfigurationError,
     InternalError,
     JobError,
     JobTimeoutError,
@@ -46,7 +38,6 @@ _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Headers = dict[bytes, bytes]
 
 BODY_SECONDS = 60.0
@@ -55,8 +46,6 @@ BODIES_BYTES = 1 << 30
 SEND_SECONDS = 60.0
 """How long a client may take to read what it is sent before it counts as gone."""
 DRAIN_SECONDS = 30.0
-KEEP_ALIVE_SECONDS = 75
-"""Longer than a load balancer keeps a connection, so that it never sends into one that has just been closed."""
 
 TRACE_HEADERS = (b"traceparent", b"tracestate")
 PREFLIGHT_HEADERS = {b"origin", b"access-control-request-method"}
@@ -350,67 +339,3 @@ async def _unless(expired: asyncio.Event, receiving: Awaitable[Message]) -> Mess
     finally:
         message.cancel()
         expiry.cancel()
-
-
-class HttpServer:
-    """Serves an app on some ports from a thread of its own, within a `with` block."""
-
-    def __init__(self, app: App, ports: Iterable[int], host: str = "0.0.0.0") -> None:  # noqa: S104 - a container's
-        self._sockets = [_listen(host, port) for port in dict.fromkeys(ports)]
-        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        self._loop = self._runner.get_loop()
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=1,
-            )
-        )
-        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
-
-    @property
-    def ports(self) -> list[int]:
-        """Where it listens."""
-        return [listener.getsockname()[1] for listener in self._sockets]
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` in the server's loop and return its result."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def notify(self, event: asyncio.Event) -> None:
-        """Set an event of the server's loop, from a signal handler too."""
-        self._loop.call_soon_threadsafe(event.set)
-
-    def _serve(self) -> None:
-        with self._runner:
-            self._runner.run(self._server.serve(sockets=self._sockets))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket()
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise ConfigurationError(
-            f"Port {port} cannot be opened: {error.strerror}. Choose another with PORT, PORT_HEALTH or METRICS_PORT."
-        ) from None
-    return listener

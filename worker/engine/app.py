@@ -10,6 +10,11 @@ import base64
 import io
 import json
 import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable
 from contextlib import aclosing
 
 import torch
@@ -20,6 +25,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.system_utils import set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -34,6 +40,8 @@ from worker.errors import ConfigurationError, Json, StartupError
 log = logging.getLogger(__name__)
 
 DEATH_CHECK_SECONDS = 0.5
+CHILD_CHECK_SECONDS = 0.02
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
 class _Liveness:
@@ -55,8 +63,10 @@ class Engine:
         self._lifespan: asyncio.Task[None] | None = None
 
     @classmethod
-    def load(cls, args: argparse.Namespace, settings: Settings) -> "Engine":
+    def load(cls, args: argparse.Namespace, settings: Settings, meanwhile: Callable[[], object]) -> "Engine":
         """Load the model: minutes for a large one. Call it outside of any event loop.
+
+        `meanwhile` is done while the engine's process loads, in a thread.
 
         Raises:
             ConfigurationError: vLLM refuses the combination of model and settings.
@@ -65,10 +75,14 @@ class Engine:
         set_ulimit()
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
+        method = os.environ.get(START_METHOD)
         try:
             vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         except REFUSALS as error:
             raise ConfigurationError(sentence(error)) from error
+        _fork_the_engine(method)
+        if vllm_config.parallel_config.data_parallel_size == 1:
+            threading.Thread(target=_after_the_fork, args=(meanwhile,), daemon=True).start()
         try:
             client = Client.from_vllm_config(
                 vllm_config,
@@ -172,6 +186,27 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self.client.shutdown(timeout=0)
+
+
+def _fork_the_engine(method: str | None) -> None:
+    """Have the engine's process forked, which saves it from importing everything again, unless the user says otherwise.
+
+    vLLM itself spawns where a fork is not possible: where CUDA is in use already, on Ray, with NUMA binding. The CPU
+    platform wants its own allocator and thread binding in the processes that compute, which only a fresh one can have.
+    """
+    if method:
+        os.environ[START_METHOD] = method
+        return
+    os.environ[START_METHOD] = "fork"
+    if current_platform.is_cpu():
+        os.register_at_fork(after_in_child=lambda: os.environ.update({START_METHOD: "spawn"}))
+
+
+def _after_the_fork(work: Callable[[], object]) -> None:
+    """Work once the engine's process is there: a module that is being imported during a fork would be so for ever."""
+    while not multiprocessing.active_children():
+        time.sleep(CHILD_CHECK_SECONDS)
+    work()
 
 
 async def _live(app: Starlette, entered: asyncio.Event, guard: media.Guard) -> None:
