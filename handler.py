@@ -18,7 +18,7 @@ from typing import IO
 
 import uvloop
 
-from worker import config, local, logs
+from worker import check, config, local, logs, sources
 from worker.assembly import Worker
 from worker.errors import EngineDiedError, StartupError
 from worker.listener import HttpServer
@@ -27,23 +27,31 @@ from worker.service import Job, Service
 
 
 def main() -> int:
-    """Run the worker until the platform stops it, or one local job; return the exit code."""
-    os.environ.update(config.library_defaults(os.environ))
+    """Run the worker until the platform stops it, or one local job, or check its settings; return the exit code."""
+    chosen = options(sys.argv[1:])
+    if chosen.check:
+        return check.run(os.environ, chosen.json)
     try:
-        settings = config.load(os.environ)
+        said = sources.gather(os.environ)
+        os.environ.update(config.library_defaults(said.values))
+        settings = config.load(said.values, said.told)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             configure_logs(settings, file)
-            return run(Worker(settings, os.environ), options(sys.argv[1:]))
+            for warning in said.warnings:
+                logging.getLogger("worker").warning(warning)
+            return run(Worker(settings, said), chosen)
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
 
 
 def options(argv: list[str]) -> argparse.Namespace:
-    """Read those of the SDK's options that decide what runs; the SDK reads them, and its others, again."""
+    """Read our options, and those of the SDK's that decide what runs; the SDK reads its own again."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--test_input")
     parser.add_argument("--rp_serve_api", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", action="store_true")
     known, _ = parser.parse_known_args(argv)
     return known
 

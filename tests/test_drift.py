@@ -24,7 +24,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import RequestStateStats
 
 from tests.tiny import MODEL, ROOT
-from worker import config, engine, routes
+from worker import config, engine, routes, sources
 from worker.service import Service
 
 NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
@@ -68,7 +68,7 @@ def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> Non
 
 def vllm_routes() -> set[str]:
     """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
-    args = engine.parse_arguments({}, config.load({"MODEL_NAME": str(MODEL)}), MODEL)
+    args = engine.parse_arguments(sources.gather({"MODEL_NAME": str(MODEL)}), config.load({}), str(MODEL))
     app = build_app(args, ("generate", "transcription", "realtime"))
     return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
 

@@ -3,26 +3,34 @@
 The running engine is tested through the whole worker.
 """
 
+import argparse
 import asyncio
 import json
+from typing import Any
 
 import pytest
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from tests import tiny
 from tests.tiny import MODEL
-from worker import config
+from worker import config, flags, sources
 from worker.engine import parse_arguments
-from worker.engine.arguments import changed
+from worker.engine.arguments import SERVER_FLAGS, _Parser, changed
 from worker.engine.client import PacedCollector
 from worker.errors import ConfigurationError
 from worker.pace import Pace
 
 
+def parsed(**environ: str) -> argparse.Namespace:
+    said = sources.gather({"MODEL_NAME": "org/tiny", **environ})
+    return parse_arguments(said, config.load(said.values), str(MODEL))
+
+
 def parse(**environ: str) -> dict[str, object]:
-    return vars(parse_arguments(environ, config.load({"MODEL_NAME": "org/tiny", **environ}), MODEL))
+    return vars(parsed(**environ))
 
 
 def test_the_snapshot_is_the_model_and_the_name_is_what_the_user_wrote() -> None:
@@ -45,6 +53,47 @@ def test_vllms_own_spellings_work() -> None:
     assert "'l'" in str(args["lora_modules"])
 
 
+def test_every_flag_of_vllms_parser_can_be_said() -> None:
+    """Whatever kind it is of: each is given a value that its parser takes, and arrives."""
+    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    settable = flags.settable(parser, SERVER_FLAGS)
+    assert len(settable) > 250
+    for variable, action in settable.items():
+        words = flags.arguments({variable: value_for(action)}, parser, SERVER_FLAGS)
+        assert words, variable
+        said = getattr(parser.parse_args(words), action.dest)
+        assert said not in (None, [], {}), variable
+        if action.nargs == 0:
+            off = flags.arguments({variable: "off"}, parser, SERVER_FLAGS)
+            on = isinstance(action, argparse._StoreFalseAction)
+            assert getattr(parser.parse_args(off), action.dest) in ((on, action.default) if not off else (False,))
+
+
+def value_for(action: argparse.Action) -> str:
+    """Return some value that a flag takes."""
+    if action.nargs == 0:
+        return "yes"
+    if action.choices:
+        return str(next(iter(action.choices)))
+    for value in ("1", "{}", '{"a": "1"}', "a=1", "auto", "x"):
+        try:
+            make_arg_parser(_Parser()).parse_args(flags._flags(action, value))  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError, argparse.ArgumentError):
+            continue
+        return value
+    raise AssertionError(f"no value for {action.option_strings}")
+
+
+@pytest.mark.parametrize("preset", sources.presets(), ids=lambda preset: str(preset["name"]))
+def test_every_preset_is_one_that_vllm_takes(preset: dict[str, Any]) -> None:
+    """But for tensor parallelism, which wants so many GPUs, and settings of the worker's own."""
+    said = {name: value for name, value in preset["settings"].items() if name != "MM_PROCESSOR_KWARGS"}
+    args = parse(**said)
+    for name, value in said.items():
+        if name.lower() in args and name.lower() != "limit_mm_per_prompt":
+            assert str(args[name.lower()]).lower() == value.lower(), name
+
+
 def test_limits_of_media_have_short_names() -> None:
     args = parse(IMAGE_LIMIT="5", VIDEO_LIMIT="1", VIDEO_MAX_FRAMES="16")
     assert args["limit_mm_per_prompt"] == {"image": 5, "video": 1}
@@ -64,7 +113,7 @@ def test_prompts_are_logged_when_that_is_wanted_and_keys_are_not_checked_twice()
 
 def test_what_differs_from_vllms_defaults_is_told_without_secrets() -> None:
     environ = {"MAX_MODEL_LEN": "2048", "VLLM_EXTRA_ARGS": "--hf-token s3cret", "LIMIT_MM_PER_PROMPT": '{"image": 4}'}
-    told = changed(parse_arguments(environ, config.load({"MODEL_NAME": "org/tiny", **environ}), MODEL))
+    told = changed(parsed(**environ))
     assert (told["max_model_len"], told["served_model_name"], told["hf_token"]) == (2048, ["org/tiny"], "***")
     assert "s3cret" not in json.dumps(told)
     assert "dtype" not in told

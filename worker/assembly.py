@@ -1,7 +1,8 @@
 """The worker's parts, put together: what every mode needs, whichever way jobs arrive."""
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import psutil
@@ -11,8 +12,11 @@ from worker.asgi import App
 from worker.config import Settings
 from worker.ledger import Ledger
 from worker.monitor import Monitor
+from worker.sources import Sources
 from worker.status import Status
 from worker.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from worker.engine import Engine
@@ -21,9 +25,9 @@ if TYPE_CHECKING:
 class Worker:
     """One engine, and what is told of it. Load it first, outside of any loop; attach it in the loop that serves."""
 
-    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, sources: Sources) -> None:
         self.settings = settings
-        self._environ = environ
+        self._sources = sources
         self.status = Status()
         self.telemetry = Telemetry(settings.model_name)
         self.ledger = Ledger()
@@ -53,9 +57,11 @@ class Worker:
         with self.ledger.phase("weights"):
             snapshot = weights.resolve(self.settings)
         with self.ledger.phase("imports"):
-            from worker.engine import Engine, parse_arguments
+            from worker.engine import Engine, near_misses, parse_arguments
         with self.ledger.phase("configuration"):
-            args = parse_arguments(self._environ, self.settings, snapshot)
+            args = parse_arguments(self._sources, self.settings, str(snapshot))
+            for warning in near_misses(self._sources):
+                log.warning(warning)
         with self.ledger.phase("engine"):
             self._engine = Engine.load(args, self.settings, meanwhile)
         gpu.register(self.telemetry.registry)

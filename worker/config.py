@@ -1,57 +1,24 @@
-"""The environment becomes one frozen `Settings` and vLLM's argument list. Nothing else reads the environment.
+"""What has been said becomes one frozen `Settings`; what vLLM has flags for is in `worker/flags.py`."""
 
-Every flag of vLLM's own parser is settable as its name in UPPER_SNAKE: `--max-model-len 8k` is `MAX_MODEL_LEN=8k`.
-"""
-
-import argparse
-import json
 import re
-import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from worker.errors import ConfigurationError
-
-DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
+from worker.sources import DEFAULT_MODEL
 
 MAX_CONCURRENCY = 512
 
-ALIASES = {
-    "TOKENIZER_NAME": "tokenizer",
-    "CUSTOM_CHAT_TEMPLATE": "chat_template",
-    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "served_model_name",
-    "GPU_MEMORY_UTIL": "gpu_memory_utilization",
-    "MAX_BATCHED_TOKENS": "max_num_batched_tokens",
-}
-"""Names of the existing worker images for flags of vLLM."""
-
-NOT_FROM_ENVIRONMENT = frozenset(
-    {
-        "help",
-        "model",
-        "model_tag",
-        "config",
-        "headless",
-        "grpc",
-        "api_server_count",
-        "otlp_traces_endpoint",
-        "hf_token",
-        "revision",
-        "download_dir",
-    }
-)
-"""Flags that are the worker's own business, or, like the token, read by their library without passing through here."""
-
-_BOOLEANS = {
+BOOLEANS = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
     **dict.fromkeys(("false", "0", "no", "off"), False),
 }
 
 
 def _boolean(text: Any) -> Any:
-    return _BOOLEANS.get(text.strip().lower(), text) if isinstance(text, str) else text
+    return BOOLEANS.get(text.strip().lower(), text) if isinstance(text, str) else text
 
 
 def _upper(text: Any) -> Any:
@@ -72,7 +39,7 @@ class Settings(BaseModel):
 
     model_name: str = Field(default=DEFAULT_MODEL, min_length=1)
     """A Hugging Face id or a local folder."""
-    model_revision: str | None = Field(default=None, validation_alias=AliasChoices("model_revision", "revision"))
+    model_revision: str | None = None
     """A branch, tag or commit on the Hub."""
     download_dir: str | None = None
     """Where the Hub's snapshots are kept; by default where `HF_HOME` says."""
@@ -92,9 +59,7 @@ class Settings(BaseModel):
     """Where `/ping`, `/health`, `/info` and `/metrics` are served as well."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """The same, also for a worker of the queue, which otherwise listens nowhere."""
-    worker_api_key: tuple[str, ...] = Field(
-        default=(), repr=False, validation_alias=AliasChoices("worker_api_key", "vllm_api_key")
-    )
+    worker_api_key: tuple[str, ...] = Field(default=(), repr=False)
     """Keys of which callers over HTTP must send one, separated by commas; by default anybody may call."""
     max_request_bytes: int = Field(default=30_000_000, ge=1)
     """The largest body that is read over HTTP."""
@@ -219,97 +184,21 @@ def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
     if protocol := environ.get("OTEL_EXPORTER_OTLP_PROTOCOL"):
         # The only one of OpenTelemetry's two names that vLLM reads.
         defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
+    if BOOLEANS.get(environ.get("ENABLE_SLEEP_MODE", "").strip().lower()) is not True:
+        # Sleep mode has an allocator of its own, which knows no such segments.
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {name: value for name, value in defaults.items() if name not in environ}
 
 
-def load(environ: Mapping[str, str]) -> Settings:
-    """Read the worker's own settings; an empty variable counts as unset.
+def load(values: Mapping[str, str], told: Callable[[str], str] = str) -> Settings:
+    """Read the worker's own settings; an empty variable counts as unset. `told` names a variable and its source.
 
     Raises:
         ConfigurationError: one line for each wrong value.
     """
-    values = {name.lower(): value for name, value in environ.items() if value.strip()}
+    said = {name.lower(): value for name, value in values.items() if value.strip()}
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(said)
     except ValidationError as error:
-        lines = [f"{str(one['loc'][0]).upper()}={one['input']!r}: {one['msg']}" for one in error.errors()]
+        lines = [f"{told(str(one['loc'][0]).upper())}={one['input']!r}: {one['msg']}" for one in error.errors()]
         raise ConfigurationError("\n".join(lines)) from None
-
-
-def engine_arguments(
-    environ: Mapping[str, str], settings: Settings, parser: argparse.ArgumentParser, not_settable: frozenset[str]
-) -> list[str]:
-    """Return the argument list that the environment means to vLLM's `parser`, each value tried by that parser.
-
-    Raises:
-        ConfigurationError: one line for each variable whose value the parser refuses, with what it expects.
-    """
-    arguments, mistakes = [], []
-    for variable, action in _settable(parser, not_settable | NOT_FROM_ENVIRONMENT):
-        value = environ.get(variable, "").strip()
-        if not value:
-            continue
-        try:
-            flags = _flags(action, value)
-            parser.parse_args(flags)
-        except (ValueError, argparse.ArgumentError) as error:
-            mistakes.append(f"{variable}={value!r}: {_detail(error)}; expected {_expected(action)}")
-        else:
-            arguments += flags
-    try:
-        extra = shlex.split(settings.vllm_extra_args)
-    except ValueError as error:
-        # Without the value, which may hold a key.
-        mistakes.append(f"VLLM_EXTRA_ARGS: {error}; expected flags as in a shell")
-    if mistakes:
-        raise ConfigurationError("\n".join(mistakes))
-    return arguments + extra
-
-
-def _settable(parser: argparse.ArgumentParser, excluded: frozenset[str]) -> Iterable[tuple[str, argparse.Action]]:
-    """Yield every variable with its flag, aliases before the flag's own name, so that the latter wins."""
-    actions = {
-        action.dest: action for action in parser._actions if action.option_strings and action.dest not in excluded
-    }
-    yield from ((alias, actions[dest]) for alias, dest in ALIASES.items() if dest in actions)
-    yield from ((dest.upper(), action) for dest, action in actions.items())
-
-
-def _flags(action: argparse.Action, value: str) -> list[str]:
-    """Return the words of a command line that give `action` the `value`.
-
-    Raises:
-        ValueError: the flag is a boolean and the value is none.
-    """
-    flag = max(action.option_strings, key=lambda name: (not name.startswith("--no-"), len(name)))
-    if action.nargs == 0:
-        if (chosen := _BOOLEANS.get(value.lower())) is None:
-            raise ValueError("not a boolean")
-        off = [flag.replace("--", "--no-", 1)] if isinstance(action, argparse.BooleanOptionalAction) else []
-        return [flag] if chosen else off
-    if action.nargs in ("+", "*"):
-        return [flag, *_items(value)]
-    if isinstance(action, argparse._AppendAction):
-        return [f"{flag}={item}" for item in _items(value)]
-    return [f"{flag}={value}"]
-
-
-def _items(value: str) -> list[str]:
-    """Split a list written as a JSON array or with commas; items that are JSON objects stay JSON text."""
-    if not value.startswith("["):
-        return [json.dumps(json.loads(value))] if value.startswith("{") else [item.strip() for item in value.split(",")]
-    return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(value)]
-
-
-def _detail(error: Exception) -> str:
-    return re.sub(r"^argument [^:]*: ", "", str(error))
-
-
-def _expected(action: argparse.Action) -> str:
-    if action.nargs == 0:
-        return "true or false"
-    if action.choices:
-        return f"one of {', '.join(map(str, action.choices))}"
-    name = getattr(action.type, "__name__", "text")
-    described = {"int": "a whole number", "float": "a number", "str": "text", "loads": "JSON"}
-    return described.get(name, name.strip("_").replace("_", " ").removesuffix(" or auto"))

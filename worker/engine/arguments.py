@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,16 +15,21 @@ from vllm.entrypoints.launchers.cli_args import (
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.exceptions import VLLMError
 from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from worker import config
+from worker import config, flags, sources
 from worker.errors import ConfigurationError, Json
+from worker.sources import Sources
 
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
 """Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""
 
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
 SECRETS = ("api_key", "hf_token")
 REFUSALS = (VLLMError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What vLLM raises when it cannot do what it is told."""
@@ -37,14 +42,18 @@ class _Parser(FlexibleArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
-def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model: Path) -> argparse.Namespace:
-    """Return vLLM's arguments as the environment means them, for the snapshot in `model`.
+def parse_arguments(said: Sources, settings: config.Settings, model: str) -> argparse.Namespace:
+    """Return vLLM's arguments as they have been said, for the snapshot in the folder `model`.
 
     Raises:
         ConfigurationError: a value is refused by vLLM's parser or its checks.
     """
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
-    arguments = config.engine_arguments(environ, settings, parser, SERVER_FLAGS)
+    values = dict(said.values)
+    chooses_gpus = values.get("TENSOR_PARALLEL_SIZE", AUTO).strip().lower() == AUTO
+    if chooses_gpus:
+        values.pop("TENSOR_PARALLEL_SIZE", None)
+    arguments = flags.arguments(values, parser, SERVER_FLAGS, said.told)
     try:
         args: argparse.Namespace = parser.parse_args([f"--model={model}", *arguments])
         args.served_model_name = args.served_model_name or [settings.model_name]
@@ -63,6 +72,10 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
             "Set LOG_PROMPTS=true if that is wanted; it implies both."
         )
     _limit_media(args, settings)
+    if chooses_gpus:
+        args.tensor_parallel_size = _gpus_for(args)
+    if args.tensor_parallel_size > 1 and "MM_ENCODER_TP_MODE" not in values:
+        args.mm_encoder_tp_mode = "data"
     args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
     # Keys are checked before a request comes here. None would have vLLM look for one in the environment.
@@ -75,6 +88,34 @@ def parse_arguments(environ: Mapping[str, str], settings: config.Settings, model
             f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {choice}"
         )
     return args
+
+
+def near_misses(said: Sources) -> list[str]:
+    """Return a sentence for every variable that is nearly the name of a setting, the worker's or vLLM's."""
+    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    flags_of_vllm = (action.dest.upper() for action in parser._actions)
+    return sources.near_misses(said, {*map(str.upper, config.Settings.model_fields), *flags_of_vllm})
+
+
+def _gpus_for(args: argparse.Namespace) -> int:
+    """Return how many of the visible GPUs the model's attention heads can be divided among."""
+    visible = 1 if current_platform.is_cpu() else current_platform.device_count()
+    gpus = visible // (args.pipeline_parallel_size * args.data_parallel_size)
+    heads = _attention_heads(Path(args.model) / "config.json")
+    if gpus > 1 and heads is None:
+        log.warning("TENSOR_PARALLEL_SIZE: how many heads the model has is unknown, so one of %d GPUs is used", gpus)
+    return max((count for count in range(1, gpus + 1) if (heads or 1) % count == 0), default=1)
+
+
+def _attention_heads(file: Path) -> int | None:
+    try:
+        config: Json = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    for part in (config, *(config.get(name) or {} for name in ("text_config", "llm_config", "language_config"))):
+        if isinstance(heads := part.get("num_attention_heads"), int):
+            return heads
+    return None
 
 
 def _limit_media(args: argparse.Namespace, settings: config.Settings) -> None:

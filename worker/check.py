@@ -1,0 +1,85 @@
+"""`python handler.py --check`: what the worker would run with, and where each value comes from. Nothing is loaded."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from worker import config, sources
+from worker.config import Settings
+from worker.errors import ConfigurationError, Json
+from worker.sources import Sources
+
+WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs")
+"""Arguments that the worker sets itself."""
+
+
+def run(environ: Mapping[str, str], as_json: bool) -> int:
+    """Print the effective settings, or what is wrong with them; return the exit code.
+
+    What is wrong with the worker's own settings is told at once; only then is vLLM, which takes seconds, imported.
+    """
+    try:
+        said = sources.gather(environ)
+        settings = config.load(said.values, said.told)
+        from worker.engine import arguments
+
+        args = arguments.parse_arguments(said, settings, settings.model_name)
+        engine = arguments.changed(args)
+        warnings = [*said.warnings, *arguments.near_misses(said)]
+    except ConfigurationError as error:
+        mistakes = str(error).splitlines()
+        told = json.dumps({"ok": False, "mistakes": mistakes}, indent=1) if as_json else "\n".join(mistakes)
+        sys.stdout.write(f"{told}\n")
+        return error.exit_code
+    rows = [*_own(settings, said), *_engines(engine, said)]
+    command = _command(settings, engine)
+    if as_json:
+        listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
+        result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
+        sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
+    else:
+        sys.stdout.write(_table([(name, _plain(value), source) for name, value, source in rows]))
+        sys.stdout.write(f"\nThe same as:\n{command}\n" + "".join(f"\nWarning: {one}" for one in warnings) + "\n")
+    return 0
+
+
+def _own(settings: Settings, said: Sources) -> list[tuple[str, Any, str]]:
+    public = settings.public()
+    return [(name.upper(), value, said.origins.get(name.upper(), "default")) for name, value in public.items()]
+
+
+def _engines(engine: Json, said: Sources) -> list[tuple[str, Any, str]]:
+    """Return vLLM's arguments that differ from its defaults; what nobody said follows from something else."""
+    mine = {name.upper() for name in Settings.model_fields}
+    named = ((name.upper(), value) for name, value in engine.items() if name not in WORKERS_OWN)
+    return [(name, value, said.origins.get(name, "derived")) for name, value in named if name not in mine]
+
+
+def _command(settings: Settings, engine: Json) -> str:
+    words = ["vllm", "serve", settings.model_name]
+    if engine.get("served_model_name") not in (None, [settings.model_name]):
+        words += ["--served-model-name", *engine["served_model_name"]]
+    for name, value in engine.items():
+        if name in WORKERS_OWN:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [flag, *map(_plain, value)]
+        else:
+            words += [flag, _plain(value)]
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    rows = [("SETTING", "VALUE", "SOURCE"), *rows]
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    second = min(second, 60)
+    return "".join(f"{name:<{first}}  {value:<{second}}  {source}\n" for name, value, source in rows)
