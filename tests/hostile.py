@@ -57,6 +57,10 @@ def webp(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(canvas) + 4) + b"WEBP" + canvas
 
 
+SESSION = b"v=0\nc=IN IP4 127.0.0.1\nm=video 41000 RTP/AVP 33\n"
+"""By which FFmpeg would listen at a port."""
+
+
 def images() -> Iterator[tuple[str, bytes]]:
     """Yield what is sent as an image, by name."""
     whole = {kind: media.picture("red", (300, 300), kind) for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF")}
@@ -125,6 +129,10 @@ def videos() -> Iterator[tuple[str, bytes]]:
     yield "an MP4 that is a playlist", whole[:28] + b"#EXTM3U\nfile:///etc/passwd\n"
     yield "a WebM of nothing but its name", b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01" + bytes(60)
     yield "an AVI of noise", b"RIFF\xff\xff\xff\xffAVI LIST" + bytes(range(256)) * 4
+    yield "an AVI that is a session", b"#\n\nAVI \n" + SESSION
+    yield "an AVI that is a playlist", b"#EXTM3U\nAVI LIST\nfile:///etc/passwd\n"
+    yield "a WebM that is a session", b"\x1a\x45\xdf\xa3\x42\x82\x84webm\n" + SESSION
+    yield "a MOV that is a session", b"\n\n\n\nmoov\n" + SESSION
     yield "a GIF that claims 4 GP", gif(65_535, 65_535, 10)
     yield "a GIF of 1000 frames of 64 MP", gif(8_001, 8_000, 1000)
     yield "a film of an hour", media.film("red", "blue", frames=40, rate=0.01)
@@ -142,6 +150,8 @@ def frames() -> Iterator[tuple[str, str]]:
     yield "too many frames", ",".join([good] * 33)
     yield "a frame that claims 4 GP", f"{good},{media.encoded(jpeg(65_500, 65_500))}"
     yield "no frame", ""
+    large = media.encoded(png(7900, 8000, bytes(988 * 8000)))
+    yield "frames of 2 GP together", ",".join([large] * 32)
 
 
 def sounds() -> Iterator[tuple[str, bytes]]:
@@ -151,4 +161,8 @@ def sounds() -> Iterator[tuple[str, bytes]]:
     yield "a playlist", b"#EXTM3U\nfile:///etc/passwd\n"
     yield "a WAV of nothing but its name", b"RIFF\0\0\0\0WAVE"
     yield "a FLAC of noise", b"fLaC" + bytes(range(256))
+    yield "an MP3 that is a session", b"\xff\xfb\n" + SESSION
+    yield "a tag that is a session", b"ID3\x04\0\0\0\0\0\0" + SESSION
+    yield "a session that says ID3", b"ID3\n" + SESSION
+    yield "a WAV that is a session", b"v=0\no=- WAVE\n" + SESSION
     yield "half an OGG", b"OggS" + bytes(20)

@@ -21,6 +21,7 @@ from tests.links import Server
 from worker import config
 from worker.engine import media as guarding
 from worker.errors import JobError, MediaError
+from worker.media import Limit, read_file
 from worker.meter import Meter, metered
 
 OPEN = {"MEDIA_ALLOW_PRIVATE_NETWORKS": "true", "MEDIA_FETCH_TIMEOUT": "5"}
@@ -147,6 +148,20 @@ def test_a_large_image_is_scaled_down_if_that_is_wanted() -> None:
     assert smaller.io_config == {"downscale_pixels": 10_000}
 
 
+def test_routes_that_load_from_another_thread(server: Server) -> None:
+    async def run() -> Any:
+        guard = guarding.guard(config.load(OPEN), None)
+        guarding.install(guard)
+        guarding.Connector.loop = asyncio.get_running_loop()
+        connector = MEDIA_CONNECTOR_REGISTRY.load(guarding.NAME)
+        try:
+            return await asyncio.to_thread(connector.fetch_image, f"{server.url}/picture/red")
+        finally:
+            await guard.aclose()
+
+    assert asyncio.run(run()).size == (64, 64)
+
+
 def test_links_are_fetched_at_the_same_time_and_each_once(server: Server) -> None:
     async def run() -> tuple[list[Any], Meter, float]:
         meter = Meter()
@@ -245,6 +260,22 @@ def test_a_video_without_a_frame_that_can_be_read() -> None:
     film = bytearray(media.film("red", "blue", kind="webm"))
     film[len(film) // 3 : -60] = bytes(len(film) - 60 - len(film) // 3)
     assert "damaged" in str(refused("video", url(bytes(film))))
+
+
+def test_a_sound_that_is_too_long_names_vllms_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MAX_AUDIO_DECODE_DURATION_S", "0")
+    error = refused("audio", url(wav()))
+    assert (error.http_status, "VLLM_MAX_AUDIO_DECODE_DURATION_S" in str(error)) == (413, True)
+
+
+def test_files_that_are_not_read_are_closed(tmp_path: Path) -> None:
+    def attempt() -> int:
+        for path in (".", "none.png"):
+            with pytest.raises(MediaError):
+                read_file(f"file://{tmp_path}/{path}", tmp_path, Limit("MAX_IMAGE_BYTES", 100))
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    assert attempt() == attempt()
 
 
 def test_files_outside_the_folder(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_bare_base64_of_an_image(kind: str) -> None:
     [
         pytest.param(b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00", "video/mp4", id="mp4"),
         pytest.param(b"\x00\x00\x00\x14ftypqt  \x00\x00\x02\x00", "video/quicktime", id="mov"),
-        pytest.param(b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01", "video/webm", id="webm"),
+        pytest.param(b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\x01\x42\x82\x84webm", "video/webm", id="webm"),
         pytest.param(b"RIFF\x00\x00\x00\x00AVI LIST", "video/x-msvideo", id="avi"),
         pytest.param(b"GIF89a\x08\x00\x08\x00\x80\x00", "image/gif", id="gif"),
     ],

@@ -24,11 +24,16 @@ DATA = "data:image/png;base64,aGVsbG8="
         ({"messages": [{"content": [{"source": {"data": "aGVsbG8="}}]}]}, DATA, "messages[0].content[0]"),
         ({"messages": [{"content": LINK + "?"}]}, LINK, None),
         ({"url": LINK}, LINK, "url"),
+        ({"content": [{"type": "text", "text": LINK}, {"image_url": LINK}]}, LINK, "content[1]"),
         ([], LINK, None),
     ],
 )
 def test_the_part_of_a_link(body: Any, link: str, path: str | None) -> None:
     assert path_of(json.dumps(body).encode(), link) == path
+
+
+def test_a_body_without_end_is_not_searched_to_its_end() -> None:
+    assert path_of(json.dumps({"a": [[1]] * 20_000, "messages": [LINK]}).encode(), LINK) is None
 
 
 def test_no_json() -> None:

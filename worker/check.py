@@ -11,7 +11,7 @@ from worker.config import Settings
 from worker.errors import ConfigurationError, Json
 from worker.sources import Sources
 
-WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs")
+WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
 """Arguments that the worker sets itself."""
 
 

@@ -1,8 +1,8 @@
 """A process of its own that reads strangers' videos: `python -m worker.decoder FD FD`, which `worker/video.py` starts.
 
-What makes OpenCV crash, hang or use up memory ends this process alone, and it holds no secret. It is asked through the
-first file descriptor, a socket, where each message is JSON but for the video, which is bytes. Frames go into the
-second, which is shared memory.
+What makes OpenCV crash, hang or use up memory ends this process alone, and its environment holds no secret. It is asked
+through the first file descriptor, a socket, where each message is JSON but for the video, which is bytes. Frames go
+into the second, which is shared memory.
 """
 
 import io
@@ -34,10 +34,15 @@ def main(socket: int, memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(socket)
     frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
+    # Whatever FFmpeg takes a video for: no file and no address is opened from here on.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     capture: cv2.VideoCapture | None = None
     while True:
         name, *arguments = json.loads(connection.recv_bytes())
-        if name == "open":
+        if name == "close":
+            capture = None
+            reply(connection, value=True)
+        elif name == "open":
             # `release()` of the one before would crash this version of OpenCV.
             capture = cv2.VideoCapture(io.BytesIO(connection.recv_bytes()), cv2.CAP_FFMPEG, [])  # type: ignore[call-overload]
             reply(connection, capture.isOpened())

@@ -28,7 +28,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 # Ranges that the SDK's check takes for public, or that carry an IPv4 address within.
 _REFUSED = tuple(
-    map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "5f00::/16"))
+    map(
+        ipaddress.ip_network,
+        ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "5f00::/16", "fec0::/10", "3fff::/20"),
+    )
 )
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _COMPATIBLE = ipaddress.ip_network("::/96")
@@ -40,8 +43,8 @@ class Policy:
 
     seconds: float = 20.0
     """For all of a fetch, redirects included."""
-    domains: tuple[str, ...] = ()
-    """If any, only these; `*.example.org` stands for every name below example.org."""
+    domains: tuple[tuple[str, ...], ...] = ()
+    """Of each of these lists a host must be on; `*.example.org` stands for every name below example.org."""
     ports: tuple[int, ...] = (80, 443, 8080, 8443)
     private_networks: bool = False
     """Whether any address and port will do."""
@@ -58,8 +61,11 @@ class Policy:
             )
         if url.user is not None or url.password is not None:
             raise RefusedLinkError("a link must hold no user name or password")
-        if self.domains and not any(_matches(url.host, pattern) for pattern in self.domains):
-            raise RefusedLinkError(f"the link's host is none of MEDIA_ALLOWED_DOMAINS={_listed(self.domains)}")
+        for allowed in self.domains:
+            if not any(_matches(url.host, pattern) for pattern in allowed):
+                raise RefusedLinkError(f"the link's host is none of MEDIA_ALLOWED_DOMAINS={_listed(allowed)}")
+        if "%" in url.host.partition("%25")[0]:
+            raise RefusedLinkError("the link's host is malformed")
         if self.private_networks:
             return
         if url.port not in self.ports:
@@ -102,7 +108,8 @@ def _unwrapped(address: Address) -> list[Address]:
     low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     if address in _NAT64:
         return [low]
-    carried = [address.sixtofour, *(address.teredo or ()), low if address in _COMPATIBLE else None]
+    isatap = int(address) >> 32 & 0xFDFFFFFF == 0x00005EFE
+    carried = [address.sixtofour, *(address.teredo or ()), low if isatap or address in _COMPATIBLE else None]
     return [address, *(one for one in carried if one is not None)]
 
 
@@ -193,7 +200,9 @@ class Fetcher:
             async with self._client().get(url, allow_redirects=False) as answer:
                 if answer.status not in REDIRECTS:
                     return await _body(answer, limit)
-                location = answer.headers.get("location", "")
+                location = answer.headers.get("location")
+            if not location:
+                raise UnreachableError("the link's server redirects to nowhere")
             url = url.join(_parsed(location))
         raise MediaError(f"the link redirects more than {MAX_REDIRECTS} times")
 
@@ -201,7 +210,7 @@ class Fetcher:
         if self._session is None:
             resolver = GuardedResolver(self._policy, self._resolver or ThreadedResolver())
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=resolver),
+                connector=aiohttp.TCPConnector(resolver=resolver, limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"User-Agent": "runpod-vllm-worker", "Accept": "*/*"},
                 trust_env=False,

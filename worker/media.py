@@ -16,7 +16,7 @@ from PIL import Image
 
 from worker.config import Settings
 from worker.errors import MediaError, MediaTooLargeError, RefusedLinkError
-from worker.media_type import HEAD_BYTES, media_type
+from worker.media_type import leads_elsewhere, media_type
 
 Kind = Literal["image", "video", "audio"]
 
@@ -105,8 +105,8 @@ def check_kind(data: bytes, kind: Kind) -> None:
     """
     if not data:
         raise MediaError("it is empty: 0 bytes")
-    found = media_type(data[:HEAD_BYTES])
-    if found is None:
+    found = media_type(data)
+    if found is None or (kind != "image" and leads_elsewhere(data)):
         raise MediaError(f"its bytes are those of no known {kind} format; accepted are {FORMATS[kind]}")
     if found == "image/heic":
         raise MediaError(f"HEIC images cannot be decoded; accepted are {FORMATS['image']}")
@@ -120,8 +120,8 @@ def _fits(found: str, kind: Kind) -> bool:
     return found.startswith(kind) or (kind == "video" and found == "image/gif")
 
 
-def check_image(data: bytes, limits: Limits) -> None:
-    """Look at an image's header: its format and its size.
+def check_image(data: bytes, limits: Limits) -> int:
+    """Look at an image's header: its format and its size; return how many pixels it has.
 
     Raises:
         MediaError: it is not to be decoded.
@@ -136,6 +136,20 @@ def check_image(data: bytes, limits: Limits) -> None:
     except Exception:  # noqa: BLE001 - Pillow's readers raise whatever they stumble over
         raise MediaError("it cannot be decoded: it is cut off or damaged") from None
     check_pixels(width, height, limits.image_pixels)
+    return width * height
+
+
+def check_frames(pixels: int, limits: Limits) -> None:
+    """Refuse frames of a video that have so many pixels together if they are too many.
+
+    Raises:
+        MediaTooLargeError: they are.
+    """
+    if pixels > limits.video_pixels.value:
+        raise MediaTooLargeError(
+            f"its frames have together more pixels than {limits.video_pixels} allows; "
+            "VIDEO_MAX_FRAMES may have fewer of them taken"
+        )
 
 
 def downscaled(image: Image.Image, pixels: int | None) -> Image.Image:
@@ -165,11 +179,20 @@ def read_file(link: str, folder: Path | None, limit: Limit) -> bytes:
         raise RefusedLinkError(f"a file: link must lead into ALLOWED_LOCAL_MEDIA_PATH={folder}")
     try:
         # A pipe or a device is opened without waiting for its other end, and then not read.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise MediaError("the file: link leads to no file")
-            check_size(status.st_size, limit)
-            return file.read(status.st_size)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return _read(descriptor, folder, limit)
+        finally:
+            os.close(descriptor)
     except OSError:
         raise MediaError("the file: link leads to no file that can be read") from None
+
+
+def _read(descriptor: int, folder: Path, limit: Limit) -> bytes:
+    """Read what has been opened, if it is a file, and still in the folder: things may have been moved meanwhile."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or not Path(f"/proc/self/fd/{descriptor}").resolve().is_relative_to(folder):
+        raise MediaError("the file: link leads to no file")
+    check_size(status.st_size, limit)
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        return file.read(status.st_size)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -17,20 +18,25 @@ KEYS: Mapping[Kind, frozenset[str]] = MappingProxyType(
 """What a part of each kind has for its `type`, in the dialects of OpenAI, vLLM and Anthropic."""
 
 
+MAX_VISITED = 10_000
+"""How far a body is searched, which may hold anything."""
+
+
 def path_of(body: bytes, link: str) -> str | None:
     """Return the path, such as `messages[0].content[2]`, of the part that holds a link; a `data:` URL may be in pieces.
 
     Returns None if there is none.
     """
-    for path, text in _strings(_json(body), ""):
-        if text == link or (link.startswith("data:") and text and link.endswith(f",{text}")):
+    for path, text in islice(_strings(_json(body), ""), MAX_VISITED):
+        if text and (text == link or (link.startswith("data:") and link.endswith(f",{text}"))):
             return path[: path.rindex("]") + 1] if "]" in path else path
     return None
 
 
 def paths_of(body: bytes, kind: Kind) -> list[str]:
     """Return the paths of all parts of a kind, in order."""
-    return [path for path, part in _objects(_json(body), "") if part.get("type") in KEYS[kind]]
+    parts = islice(_objects(_json(body), ""), MAX_VISITED)
+    return [path for path, part in parts if part.get("type") in KEYS[kind]]
 
 
 def _json(body: bytes) -> Any:
@@ -41,22 +47,23 @@ def _json(body: bytes) -> Any:
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield path, value
+    """Yield every path with its string, empty for what is none."""
+    yield path, value if isinstance(value, str) else ""
     for name, item in _items(value):
         yield from _strings(item, _joined(path, name))
 
 
 def _objects(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(value, dict):
-        yield path, value
+    """Yield every path with its object, empty for what is none."""
+    yield path, value if isinstance(value, dict) else {}
     for name, item in _items(value):
         yield from _objects(item, _joined(path, name))
 
 
 def _items(value: Any) -> Iterator[tuple[str | int, Any]]:
     if isinstance(value, dict):
-        yield from value.items()
+        # What people write may look like a link, too.
+        yield from ((name, item) for name, item in value.items() if name != "text")
     elif isinstance(value, list):
         yield from enumerate(value)
 

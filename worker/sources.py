@@ -35,7 +35,21 @@ OLD_LIMITS = re.compile(r"\w+=\d+(,\w+=\d+)*")
 """How vLLM once had `LIMIT_MM_PER_PROMPT`, which is JSON now."""
 IN_FILES_ONLY = frozenset({"MODEL"})
 """Aliases that are too common a word to count in an environment."""
-OTHERS = ("VLLM_", "HF_", "RUNPOD_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "PYTHON", "OTEL_", "XDG_", "LC_")
+OTHERS = (
+    "VLLM_",
+    "HF_",
+    "RUNPOD_",
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "TORCH",
+    "PYTORCH_",
+    "PYTHON",
+    "OTEL_",
+    "XDG_",
+    "LC_",
+    "SSL_",
+)
 """How variables begin that are somebody else's."""
 
 

@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.errors import MediaError, MediaTooLargeError
-from worker.media import Limits, check_pixels
+from worker.media import Limits, check_frames, check_pixels
 
 DAMAGED = "it cannot be decoded: it is cut off or damaged"
 START_SECONDS = 30.0
 MAX_MISSES = 1000
 """Frames in a row that may be missing: a container may claim billions."""
 MAX_DEFERRED = 100
+MAX_IDLE = 2
+"""Processes that are kept for the next videos."""
 
 Frame = npt.NDArray[np.uint8]
 
@@ -36,8 +38,9 @@ class _Process:
         ours, theirs = socket.socketpair()
         memory = os.memfd_create("frames")
         os.ftruncate(memory, frame_bytes)
+        self.frames: Frame = np.frombuffer(mmap.mmap(memory, 0, prot=mmap.PROT_READ), np.uint8)
         descriptors = (theirs.fileno(), memory)
-        with theirs:
+        with theirs, os.fdopen(memory):
             # Without the worker's environment, which holds its keys.
             self._process = subprocess.Popen(  # noqa: S603 - its own program
                 [sys.executable, "-m", "worker.decoder", *map(str, descriptors)],
@@ -48,8 +51,6 @@ class _Process:
                 stderr=subprocess.DEVNULL,
             )
         self.connection: Connection[Any, Any] = Connection(ours.detach())
-        self.frames: Frame = np.frombuffer(mmap.mmap(memory, 0, prot=mmap.PROT_READ), np.uint8)
-        os.close(memory)
 
     @property
     def is_alive(self) -> bool:
@@ -70,18 +71,21 @@ class Decoders:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        self._closed = False
 
     def prepare(self) -> None:
         """Start one now, so that the first video need not wait for it."""
         self._idle.put(self._start())
 
-    def open(self, data: bytes) -> "Capture":
-        """Return a video, ready to be read.
+    def capture(self) -> "Capture":
+        """Return what a video can be opened with."""
+        return Capture(self._take(), self._limits, self._give_back)
 
-        Raises:
-            MediaError: it cannot be, or must not.
-        """
-        return Capture(self._take(), data, self._limits, self._idle.put)
+    def _give_back(self, process: _Process) -> None:
+        if self._closed or self._idle.qsize() >= MAX_IDLE:
+            process.close()
+        else:
+            self._idle.put(process)
 
     def _take(self) -> _Process:
         with suppress(queue.Empty):
@@ -96,7 +100,8 @@ class Decoders:
         return _Process(3 * int(self._limits.image_pixels.value))
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; those that are busy end when they are given back."""
+        self._closed = True
         with suppress(queue.Empty):
             while True:
                 self._idle.get_nowait().close()
@@ -108,7 +113,7 @@ class Capture:
     Every method raises a `MediaError` once the video turns out to be damaged, too large or too slow.
     """
 
-    def __init__(self, process: _Process, data: bytes, limits: Limits, give_back: Callable[[_Process], None]) -> None:
+    def __init__(self, process: _Process, limits: Limits, give_back: Callable[[_Process], None]) -> None:
         self._process: _Process | None = process
         self._limits = limits
         self._give_back = give_back
@@ -117,14 +122,17 @@ class Capture:
         self._deferred = 0
         self._misses = 0
         self._pixels = 0
-        try:
-            if not self._ask("open", then=data):
-                raise MediaError(DAMAGED)
-            self._check()
-        except MediaError:
-            self.close()
-            raise
-        self._ends_at = time.monotonic() + limits.decode_seconds.value
+
+    def open(self, data: bytes) -> None:
+        """Open a video.
+
+        Raises:
+            MediaError: it cannot be opened, or must not.
+        """
+        if not self._ask("open", then=data):
+            raise MediaError(DAMAGED)
+        self._check()
+        self._ends_at = time.monotonic() + self._limits.decode_seconds.value
 
     def _check(self) -> None:
         """Compare what the container says with the limits, before a frame is decoded."""
@@ -185,12 +193,12 @@ class Capture:
         height, width, channels = shape
         check_pixels(width, height, self._limits.image_pixels)
         self._pixels += height * width
-        if self._pixels > self._limits.video_pixels.value:
-            raise MediaTooLargeError(
-                f"its frames have together more pixels than {self._limits.video_pixels} allows; "
-                "VIDEO_MAX_FRAMES may have fewer of them taken"
-            )
+        check_frames(self._pixels, self._limits)
         return True, self._live().frames[: height * width * channels].reshape(height, width, channels)
+
+    def read(self) -> tuple[bool, Frame | None]:
+        """Go to the next frame and return it, as `grab` and `retrieve` do."""
+        return self.retrieve() if self.grab() else (False, None)
 
     def abort(self) -> None:
         """Have whatever is being asked, in another thread, fail at once."""
@@ -199,7 +207,11 @@ class Capture:
 
     def close(self) -> None:
         """Give the process back, if it is still good."""
-        if self._process is not None:
+        if self._process is None:
+            return
+        self._ends_at = time.monotonic() + START_SECONDS
+        with suppress(MediaError):
+            self._ask("close")
             process, self._process = self._process, None
             self._give_back(process)
 
@@ -217,7 +229,7 @@ class Capture:
                 connection.send_bytes(then)
             if connection.poll(max(0.0, self._ends_at - time.monotonic())):
                 return json.loads(connection.recv_bytes())
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):
             raise self._broken(MediaError(DAMAGED)) from None
         raise self._broken(MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s"))
 

@@ -127,6 +127,7 @@ class Engine:
         app = build_app(self.args, tasks, self.client.model_config)
         app.state.server = self._liveness
         media.explain(app)
+        media.Connector.loop = asyncio.get_running_loop()
         try:
             await init_app_state(self.client, app.state, self.args, tasks)
         except REFUSALS as error:

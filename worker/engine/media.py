@@ -6,12 +6,12 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pybase64
 from PIL import Image
@@ -30,7 +30,7 @@ from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 from worker import media, parts
 from worker.asgi import App, Message, Receive, Send
 from worker.config import Settings
-from worker.errors import MediaError
+from worker.errors import MediaError, MediaTooLargeError
 from worker.fetch import Fetcher, Policy
 from worker.media import Kind, Limit, Limits
 from worker.meter import Fetch, Meter, metered
@@ -41,6 +41,7 @@ NAME = "worker"
 
 _KINDS: dict[type[MediaIO[Any]], Kind] = {ImageMediaIO: "image", VideoMediaIO: "video", AudioMediaIO: "audio"}
 _TOO_MANY = re.compile(r"At most (\d+) (image|video|audio)")
+_LIMIT_OF_VLLM = re.compile(r"VLLM_MAX_\w+")
 _TEXT_ONLY = "is not a multimodal model"
 
 _body: ContextVar[list[bytes] | None] = ContextVar("body", default=None)
@@ -51,7 +52,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class _RefusalError(GracefulHTTPError):
+class _RefusalError(GracefulHTTPError, ValueError):
     """A `MediaError` in the form that all of vLLM's routes pass on, status and all."""
 
     def __init__(self, error: MediaError) -> None:
@@ -77,7 +78,8 @@ class Connector(MediaConnector):
     """Loads media by way of a guard, which `install` provides."""
 
     guard: Guard
-    _fetching: dict[tuple[Meter | None, str, Limit], asyncio.Task[bytes]]
+    loop: asyncio.AbstractEventLoop
+    _fetching: dict[tuple[Meter, str, Limit], asyncio.Task[bytes]]
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
         """Return the media behind a link of any sort, decoded by vLLM.
@@ -89,13 +91,13 @@ class Connector(MediaConnector):
         try:
             return await self._load(url, media_io)
         except MediaError as error:
-            if (meter := metered.get()) is not None:
-                meter.rejections.append(error.reason)
-            raise _RefusalError(_located(error, url, _KINDS[type(media_io)])) from None
+            located = await asyncio.to_thread(_located, error, url, _KINDS[type(media_io)])
+            raise _RefusalError(_noted(located)) from None
 
-    def load_from_url(self, *_: Any, **__: Any) -> NoReturn:
-        """Nothing is loaded this way while requests are served."""
-        raise NotImplementedError("media are loaded asynchronously")
+    def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+        """Do the same from another thread than the loop's, as the routes of pooling models want it."""
+        loading = self.load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
+        return asyncio.run_coroutine_threadsafe(loading, self.loop).result()
 
     async def _load(self, url: str, media_io: MediaIO[Any]) -> Any:
         kind = _KINDS[type(media_io)]
@@ -124,7 +126,9 @@ class Connector(MediaConnector):
 
     async def _fetch_once(self, url: str, limit: Limit) -> bytes:
         """Fetch a link, together with whoever else needs it for the same job."""
-        key = (metered.get(), url, limit)
+        if (meter := metered.get()) is None:
+            return await self._fetch(url, limit)
+        key = (meter, url.partition("#")[0], limit)
         if (task := self._fetching.get(key)) is None:
             task = self._fetching[key] = asyncio.create_task(self._fetch(url, limit))
             task.add_done_callback(lambda _: self._fetching.pop(key))
@@ -154,8 +158,7 @@ class Connector(MediaConnector):
         frames = text.split(",")
         if 0 < media_io.num_frames < len(frames):
             raise MediaError(f"it has {len(frames)} frames; at most VIDEO_MAX_FRAMES={media_io.num_frames} are taken")
-        for frame in frames:
-            media.check_image(_unpacked(frame), limits)
+        media.check_frames(sum(media.check_image(_unpacked(frame), limits) for frame in frames), limits)
 
     def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
         kind, limits = _KINDS[type(media_io)], self.guard.limits
@@ -171,7 +174,11 @@ class Connector(MediaConnector):
             decoded = decode()
         except (MediaError, ImportError):
             raise
-        except Exception:  # noqa: BLE001 - decoders raise whatever they stumble over
+        except MemoryError:
+            raise MediaTooLargeError("there is no memory for decoding it") from None
+        except Exception as error:  # noqa: BLE001 - decoders raise whatever they stumble over
+            if limit := _LIMIT_OF_VLLM.search(str(error)):
+                raise MediaTooLargeError(f"it is larger than {limit[0]} allows") from None
             raise MediaError(DAMAGED) from None
         finally:
             for capture in _captures.get() or ():
@@ -208,7 +215,7 @@ def guard(settings: Settings, domains: Iterable[str] | None) -> Guard:
         log.warning("MEDIA_ALLOW_PRIVATE_NETWORKS is set: links may lead to anything that this machine can reach")
     policy = Policy(
         seconds=settings.media_fetch_timeout,
-        domains=(*settings.media_allowed_domains, *(domains or ())),
+        domains=tuple(filter(None, (settings.media_allowed_domains, tuple(domains or ())))),
         ports=settings.media_allowed_ports,
         private_networks=settings.media_allow_private_networks,
     )
@@ -223,14 +230,18 @@ def install(guard: Guard) -> None:
         pass
 
     def open_video_capture(data: bytes) -> Capture:
-        capture = guard.decoders.open(data)
-        if (captures := _captures.get()) is not None:
+        capture = guard.decoders.capture()
+        # So that who waits for it can abort it, even while it is being opened.
+        captures = _captures.get()
+        if captures is not None:
             captures.append(capture)
+        capture.open(data)
         return capture
 
     Guarded.guard, Guarded._fetching = guard, {}
     MEDIA_CONNECTOR_REGISTRY.register(NAME)(Guarded)
     os.environ["VLLM_MEDIA_CONNECTOR"] = NAME
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(int(guard.limits.image_pixels.value))
     os.environ["VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"] = str(-(-guard.limits.bytes["audio"].value // (1 << 20)))
     # vLLM has no other place at which a program could say how videos are opened.
     setattr(OpenCVVideoBackendMixin, "open_video_capture", staticmethod(open_video_capture))  # noqa: B010 - to mypy
@@ -259,39 +270,43 @@ def watched(app: App) -> App:
 def explain(app: Starlette) -> None:
     """Have an app answer what is wrong with media in the worker's words, where its routes let errors through."""
     for kind in (VLLMError, ValueError):
-        otherwise = app.exception_handlers[kind]
-
-        async def answer(request: Request, error: Exception, otherwise: Any = otherwise) -> Response:
-            if (explained := _explained(error)) is None:
-                answered: Response = await otherwise(request, error)
-                return answered
-            return JSONResponse(explained.body(), explained.http_status)
-
-        app.add_exception_handler(kind, answer)
+        app.add_exception_handler(kind, _explaining(app.exception_handlers[kind]))
     # One has been built already, with the handlers that there were.
     app.middleware_stack = None
+
+
+def _explaining(otherwise: Any) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        if (explained := await asyncio.to_thread(_explained, error)) is not None:
+            return JSONResponse(explained.body(), explained.http_status)
+        answered: Response = await otherwise(request, error)
+        return answered
+
+    return answer
 
 
 def _explained(error: Exception) -> MediaError | None:
     if isinstance(error, _RefusalError):
         return error.error
-    body = b"".join(_body.get() or ())
-    if _TEXT_ONLY in str(error):
-        where = [path for kind in parts.KEYS for path in parts.paths_of(body, kind)]
-        return _refused(where[:1], "the model takes text only, no images, videos or sounds")
+    if str(error).endswith(_TEXT_ONLY):
+        return _refused(0, tuple(parts.KEYS), "the model takes text only, no images, videos or sounds")
     if found := _TOO_MANY.match(str(error)):
         limit, kind = int(found[1]), cast("Kind", found[2])
-        where = parts.paths_of(body, kind)[limit:]
-        if not limit:
-            return _refused(where, f"the model, or its settings, takes no {kind}")
-        return _refused(
-            where, f"at most {limit} of kind {kind} may be in one request; {kind.upper()}_LIMIT allows more"
-        )
+        why = f"at most {limit} of kind {kind} may be in one request; {kind.upper()}_LIMIT allows more"
+        return _refused(limit, (kind,), why if limit else f"the model, or its settings, takes no {kind}")
     return None
 
 
-def _refused(where: list[str], why: str) -> MediaError:
-    path = next(iter(where), None)
-    if _meter := metered.get():
-        _meter.rejections.append(MediaError.reason)
-    return MediaError(f"{path or 'Media'}: {why}.", param=path)
+def _refused(place: int, kinds: Iterable[Kind], why: str) -> MediaError:
+    """Return the error for the part that is in such a place among those of some kinds."""
+    body = b"".join(_body.get() or ())
+    paths = [path for kind in kinds for path in parts.paths_of(body, kind)]
+    where = paths[place] if place < len(paths) else None
+    return _noted(MediaError(f"{where or 'The request'}: {why}.", param=where))
+
+
+def _noted(error: MediaError) -> MediaError:
+    """Return the error, having entered it in the meter of the job."""
+    if (meter := metered.get()) is not None:
+        meter.rejections.append(error.reason)
+    return error
