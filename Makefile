@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check bench endurance cancellation monitoring local-endpoint lock model clean
+.PHONY: help setup run test check bench bench-coldstart endurance cancellation monitoring local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -48,6 +48,9 @@ local-endpoint: setup ## Serve the embedded model behind a local stand-in for Ru
 bench: setup ## Compare the worker with vllm serve, and its media with vLLM's; takes a while
 	@$(BIN)/python -m bench $(BENCH)
 	@$(BIN)/python -m bench.media
+
+bench-coldstart: setup ## Compare the time from the start to the first token with a vllm serve that is polled
+	@$(BIN)/python -m bench.coldstart $(BENCH)
 
 endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
 	@$(BIN)/python -m bench.endurance

@@ -54,15 +54,21 @@ def vllm_serve(log: Path) -> Iterator[Server]:
     """Run vLLM's own server."""
     port = free_port()
     environ = tiny.environment()
-    flags = ["--model", environ.pop("MODEL_NAME"), "--port", str(port), "--disable-uvicorn-access-log"]
-    for name, value in environ.items():
-        if not name.startswith(("VLLM_", "HF_", "OMP_")):
-            flags += [f"--{name.lower().replace('_', '-')}", *([] if value == "true" else [value])]
+    flags = ["--port", str(port), "--disable-uvicorn-access-log", *vllm_flags(environ)]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
     with _process(command, environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
         _wait(process, f"{base_url}/models", log)
         yield Server("vllm serve", base_url, _front(process, []))
+
+
+def vllm_flags(environ: dict[str, str]) -> list[str]:
+    """Return what the worker's settings are on vLLM's own command line; what is left are variables of libraries."""
+    flags = ["--model", environ.pop("MODEL_NAME")]
+    for name in [name for name in environ if not name.startswith(("VLLM_", "HF_", "OMP_"))]:
+        value = environ.pop(name)
+        flags += [f"--{name.lower().replace('_', '-')}", *([] if value == "true" else [value])]
+    return flags
 
 
 @contextmanager

@@ -2,19 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.test_snapshots import SHARDED, tensors
 from tests.tiny import ROOT
-from worker import config, weights
-from worker.errors import ConfigurationError
+from worker import config, snapshots, weights
+from worker.errors import ConfigurationError, StartupError
 
 COMMIT = "a" * 40
 
@@ -27,6 +32,8 @@ class Hub:
     refusal: tuple[int, str] | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """How long a file takes."""
 
 
 def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -44,7 +51,9 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 siblings = [{"rfilename": name} for name in hub.files]
                 self._answer(200, json.dumps({"id": "org/model", "sha": COMMIT, "siblings": siblings}).encode(), {})
             else:
-                data = hub.files[self.path.rpartition("/")[2]]
+                data = hub.files[self.path.split(f"/resolve/{COMMIT}/")[1]]
+                if self.command == "GET":
+                    time.sleep(hub.seconds)
                 self._answer(200, data, {"ETag": f'"{hash(data)}"', "X-Repo-Commit": COMMIT})
 
         do_HEAD = do_GET
@@ -79,38 +88,43 @@ from tests.tiny import ROOT
 from worker import config, weights
 from worker.errors import StartupError
 try:
-    print(weights.resolve(config.load(os.environ)))
+    print(weights.Weights(config.load(os.environ), os.environ).folder())
 except StartupError as error:
     print(error)
     sys.exit(error.exit_code)
 """
 
 
-def resolve(port: int, cache: Path, **environ: str) -> tuple[int, str]:
-    """Resolve in a process of its own, because huggingface_hub reads its endpoint at import."""
+def hub_environment(port: int, cache: Path | None) -> dict[str, str]:
     base = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-c", RESOLVE]
+    home = {"HF_HOME": str(cache)} if cache else {}
+    return {**base, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", **home}
+
+
+def resolve(port: int, cache: Path | None, **environ: str) -> tuple[int, str]:
+    """Resolve in a process of its own, because huggingface_hub reads its endpoint at import."""
+    env = hub_environment(port, cache) | environ
     done = subprocess.run(
-        command, env={**base, **hub, **environ}, cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", RESOLVE], env=env, cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout.strip()
 
 
 def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert weights.resolve(config.load({"MODEL_NAME": str(tmp_path)})) == tmp_path
+    assert weights.local(config.load({"MODEL_NAME": str(tmp_path)}), {}) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/model", "a/b/c"])
 def test_a_folder_that_is_not_there(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"MODEL_NAME='{name}': no such folder"):
-        weights.resolve(config.load({"MODEL_NAME": name}))
+        weights.local(config.load({"MODEL_NAME": name}), {})
 
 
 @pytest.mark.parametrize("name", ["my model", "org/"])
-def test_a_name_that_is_no_id(name: str) -> None:
-    with pytest.raises(ConfigurationError, match="neither a folder nor a Hugging Face id"):
-        weights.resolve(config.load({"MODEL_NAME": name}))
+def test_a_name_that_is_no_id(hub: Hub, tmp_path: Path, name: str) -> None:
+    code, told = resolve(hub.port, tmp_path, MODEL_NAME=name)
+    assert code == 2
+    assert "neither a folder nor a Hugging Face id" in told
 
 
 def test_a_model_is_downloaded_once_and_without_what_vllm_never_reads(hub: Hub, tmp_path: Path) -> None:
@@ -135,6 +149,78 @@ def test_what_no_retry_mends_ends_with_2(hub: Hub, tmp_path: Path, status: int, 
     assert (code, len(told.splitlines())) == (2, 1)
     assert message in told
     assert "hf_secret" not in told
+
+
+MODEL = SHARDED | {"model-00001-of-00002.safetensors": tensors(3_000_000)}
+
+
+def test_a_complete_snapshot_asks_nothing_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    hub.files = MODEL
+    _, folder = resolve(hub.port, tmp_path, MODEL_NAME="org/model")
+    hub.requests.clear()
+    assert resolve(hub.port, tmp_path, MODEL_NAME="org/model") == (0, folder)
+    assert hub.requests == []
+    (Path(folder) / "model-00002-of-00002.safetensors").unlink()
+    assert resolve(hub.port, tmp_path, MODEL_NAME="org/model") == (0, folder)
+    assert hub.requests
+
+
+def test_two_workers_share_a_volume(hub: Hub, tmp_path: Path) -> None:
+    """Both download at once; both end with a whole model."""
+    hub.files, hub.seconds = MODEL, 0.3
+    volume = {"BASE_PATH": str(tmp_path), "MODEL_NAME": "org/model"}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(resolve, hub.port, None, **volume) for _ in range(2))
+    assert first.result() == second.result()
+    code, folder = first.result()
+    assert code == 0
+    assert folder.startswith(str(tmp_path / "huggingface-cache/hub"))
+    assert snapshots.is_complete(Path(folder))
+
+
+def test_a_download_that_is_killed_leaves_nothing_that_looks_complete(hub: Hub, tmp_path: Path) -> None:
+    hub.files, hub.seconds = MODEL, 0.5
+    said = {"BASE_PATH": str(tmp_path), "MODEL_NAME": "org/model"}
+    settings = config.load(said)
+    with subprocess.Popen(
+        [sys.executable, "-m", "worker.weights"], env=hub_environment(hub.port, None) | said, cwd=ROOT
+    ) as one:
+        while not any("model-0000" in path for path in hub.requests):
+            time.sleep(0.02)
+        one.kill()
+    assert snapshots.find(settings, snapshots.caches(settings, {})) is None
+    hub.seconds = 0.0
+    code, folder = resolve(hub.port, None, **said)
+    assert (code, snapshots.is_complete(Path(folder))) == (0, True)
+
+
+def test_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {f"half/{name}": data for name, data in MODEL.items()} | {"other.safetensors": b"not wanted"}
+    code, folder = resolve(hub.port, tmp_path, MODEL_NAME="org/model", MODEL_SUBFOLDER="half")
+    assert (code, Path(folder).name) == (0, "half")
+    assert snapshots.is_complete(Path(folder))
+    assert not (Path(folder).parent / "other.safetensors").exists()
+
+
+def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500_000_000))
+    with pytest.raises(StartupError, match=r"^2\.0 GB are to be downloaded, and the disk of .* has 2\.5 GB free"):
+        weights._check_disk(tmp_path / "not" / "there" / "yet", 2_000_000_000)
+
+
+def test_progress_is_a_line_for_every_tenth(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "blobs").mkdir()
+    file = tmp_path / "blobs" / "one.incomplete"
+    file.write_bytes(b"")
+    caplog.set_level("INFO")
+    with weights._progress(tmp_path, 1000, every=0.01):
+        for size in (50, 350, 351, 1000):
+            file.write_bytes(bytes(size))
+            time.sleep(0.2)
+    assert [record.getMessage().split(" of")[0] for record in caplog.records] == [
+        "Downloaded 30 %",
+        "Downloaded 100 %",
+    ]
 
 
 def test_a_hub_that_is_away_ends_with_1(tmp_path: Path) -> None:

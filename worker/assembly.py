@@ -1,13 +1,15 @@
 """The worker's parts, put together: what every mode needs, whichever way jobs arrive."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import psutil
 
-from worker import gpu, weights
+from worker import gpu
 from worker.asgi import App
 from worker.config import Settings
 from worker.ledger import Ledger
@@ -15,6 +17,10 @@ from worker.monitor import Monitor
 from worker.sources import Sources
 from worker.status import Status
 from worker.telemetry import Telemetry
+from worker.weights import Weights
+
+ASK_THE_HUB = {"TOKENIZER", "LORA_MODULES", "SPECULATIVE_CONFIG", "SPEC_MODEL", "VLLM_EXTRA_ARGS"}
+"""Settings that may name something else on the Hub than the model."""
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +60,18 @@ class Worker:
         Raises:
             StartupError: that cannot be done.
         """
-        with self.ledger.phase("weights"):
-            snapshot = weights.resolve(self.settings)
-        with self.ledger.phase("imports"):
-            from worker.engine import Engine, near_misses, parse_arguments
+        with ExitStack() as stack:
+            with self.ledger.phase("weights"):
+                found = Weights(self.settings, self._sources.values)
+                stack.callback(found.close)
+                if found.are_local and not ASK_THE_HUB & self._sources.values.keys():
+                    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+            with self.ledger.phase("imports"):
+                from worker.engine import Engine, near_misses, parse_arguments
+            with self.ledger.phase("download"):
+                folder = found.folder()
         with self.ledger.phase("configuration"):
-            args = parse_arguments(self._sources, self.settings, str(snapshot))
+            args = parse_arguments(self._sources, self.settings, str(folder))
             for warning in near_misses(self._sources):
                 log.warning(warning)
         with self.ledger.phase("engine"):

@@ -41,8 +41,12 @@ class Settings(BaseModel):
     """A Hugging Face id or a local folder."""
     model_revision: str | None = None
     """A branch, tag or commit on the Hub."""
+    model_subfolder: str | None = None
+    """The folder of the repository that holds the model, if it is not its root."""
+    base_path: str = "/runpod-volume"
+    """Where a network volume is mounted, whose cache of models is used."""
     download_dir: str | None = None
-    """Where the Hub's snapshots are kept; by default where `HF_HOME` says."""
+    """Where models are downloaded to; by default the volume's cache, or where `HF_HOME` says."""
     hf_token: str | None = Field(default=None, repr=False)
     """For gated and private models."""
     max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)

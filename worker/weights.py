@@ -1,12 +1,24 @@
-"""MODEL_NAME becomes a local snapshot folder: a folder given as such, the Hub's cache, or a download."""
+"""MODEL_NAME becomes a local folder: one that is there, or a download.
 
+Downloading is done by a process of its own (`python -m worker.weights`), which starts before vLLM is imported.
+"""
+
+import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import httpx2
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
+from worker import config, snapshots, sources
+from worker.backoff import Backoff
 from worker.config import Settings
 from worker.errors import ConfigurationError, StartupError
 
@@ -14,52 +26,208 @@ log = logging.getLogger(__name__)
 
 NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "original/*", "*.md", ".gitattributes"]
 """Files of a repository that vLLM never loads where there are safetensors."""
+TRIES = 3
+PROGRESS_SECONDS = 1.0
+SPARE_BYTES = 1 << 30
+"""What stays free of a disk beside the model."""
 
 
-def resolve(settings: Settings) -> Path:
-    """Return the folder that holds the model, downloading it if need be.
+def local(settings: Settings, environ: Mapping[str, str]) -> Path | None:
+    """Return the folder of the model if it is on disk, complete; None if it has to be downloaded.
+
+    Raises:
+        ConfigurationError: the name is none.
+    """
+    name = settings.model_name
+    if (path := Path(name)).is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path.resolve()
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigurationError(f"MODEL_NAME={name!r}: no such folder. Give a folder or a Hugging Face id (ORG/NAME).")
+    return snapshots.find(settings, snapshots.caches(settings, environ))
+
+
+class Weights:
+    """A model's folder, which is there, or will be once a process of its own has downloaded it.
+
+    What is there is read into the page cache meanwhile.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._folder = local(settings, environ)
+        if self._folder is None:
+            module, arguments = "worker.weights", []
+        else:
+            module, arguments = "worker.prefetch", [str(self._folder)]
+        self._process = subprocess.Popen(  # noqa: S603 - our own programs
+            [sys.executable, "-m", module, *arguments],
+            env={**environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @property
+    def are_local(self) -> bool:
+        """Whether nothing has to be asked of the Hub."""
+        return self._folder is not None
+
+    def folder(self) -> Path:
+        """Return the folder, waiting for its download.
+
+        Raises:
+            ConfigurationError: the name, the revision or the access is wrong.
+            StartupError: the Hub cannot be reached, or the disk is full.
+        """
+        if self._folder is not None:
+            return self._folder
+        told, _ = self._process.communicate()
+        try:
+            result = json.loads(told)
+        except ValueError:
+            raise StartupError(f"The download ended with {self._process.returncode}; the log says why.") from None
+        if "folder" in result:
+            return Path(result["folder"])
+        wrong = ConfigurationError if result["exit_code"] == ConfigurationError.exit_code else StartupError
+        raise wrong(result["error"])
+
+    def close(self) -> None:
+        """End what still runs."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def main() -> int:
+    """Download what the environment names; print the folder, or the error, as JSON."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    said = sources.gather(os.environ)
+    try:
+        folder = download(config.load(said.values), said.values)
+    except StartupError as error:
+        sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+        return error.exit_code
+    sys.stdout.write(json.dumps({"folder": str(folder)}))
+    return 0
+
+
+def download(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """Download the model; return its folder.
 
     Raises:
         ConfigurationError: the name, the revision or the access is wrong.
-        StartupError: the Hub cannot be reached and nothing is there locally.
+        StartupError: the Hub cannot be reached, or the disk is full.
     """
+    # Takes half a second, which a model that is there need not wait for.
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        DryRunError,
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     name = settings.model_name
-    if (folder := Path(name)).is_dir():
-        return folder.resolve()
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigurationError(f"MODEL_NAME={name!r}: no such folder. Give a folder or a Hugging Face id (ORG/NAME).")
-    return _snapshot(settings)
+    fetch = partial(
+        snapshot_download,
+        name,
+        revision=settings.model_revision,
+        token=settings.hf_token,
+        cache_dir=snapshots.download_folder(settings, environ),
+        ignore_patterns=NOT_NEEDED,
+        allow_patterns=[f"{settings.model_subfolder}/*"] if settings.model_subfolder else None,
+    )
+    backoff = Backoff(first=1.0, most=10.0)
+    for last in (*[False] * (TRIES - 1), True):
+        try:
+            files: Any = fetch(dry_run=True)
+            missing = sum(file.file_size for file in files if file.will_download)
+            cache = Path(files[0].local_path).parents[2] if files else Path.cwd()
+            log.info("Downloading %s, %.1f GB, from the Hugging Face Hub into %s", name, missing / 1e9, cache)
+            _check_disk(cache, missing)
+            with _progress(cache, missing):
+                return Path(fetch()) / (settings.model_subfolder or "")
+        except (HFValidationError, DryRunError, OSError, httpx2.HTTPError) as error:
+            cause = error.__cause__ if isinstance(error, DryRunError) and error.__cause__ else error
+            if isinstance(cause, (HFValidationError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)):
+                raise ConfigurationError(_explained(cause, settings)) from None
+            if last:
+                raise StartupError(
+                    f"MODEL_NAME={name!r} is in no local cache and could not be fetched from the Hugging Face Hub: "
+                    f"{type(cause).__name__}. Check the network, or give a local folder."
+                ) from error
+            log.warning("Downloading failed (%s); trying again", type(cause).__name__)
+            time.sleep(backoff.next())
+    raise AssertionError("unreachable")
 
 
-def _snapshot(settings: Settings) -> Path:
+def _explained(error: BaseException, settings: Settings) -> str:
+    """Return what is wrong and what to do, for an error of the Hub that no other try mends."""
     name, revision = settings.model_name, settings.model_revision
-    log.info("Looking for %s in the local cache and on the Hugging Face Hub", name)
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=settings.hf_token,
-                cache_dir=settings.download_dir,
-                ignore_patterns=NOT_NEEDED,
+    match type(error).__name__:
+        case "HFValidationError":
+            return f"MODEL_NAME={name!r}: neither a folder nor a Hugging Face id (ORG/NAME)."
+        case "GatedRepoError":
+            return (
+                f"MODEL_NAME={name!r} is gated: ask for access at https://huggingface.co/{name} and set HF_TOKEN "
+                "to a token of an account that has it."
             )
-        )
-    except HFValidationError:
-        raise ConfigurationError(f"MODEL_NAME={name!r}: neither a folder nor a Hugging Face id (ORG/NAME).") from None
-    except GatedRepoError:
-        raise ConfigurationError(
-            f"MODEL_NAME={name!r} is gated: ask for access at https://huggingface.co/{name} and set HF_TOKEN "
-            "to a token of an account that has it."
-        ) from None
-    except RepositoryNotFoundError:
-        raise ConfigurationError(
-            f"MODEL_NAME={name!r}: the Hugging Face Hub has no such model, or it is private. Check the spelling; "
-            "for a private model set HF_TOKEN."
-        ) from None
-    except RevisionNotFoundError:
-        raise ConfigurationError(f"MODEL_REVISION={revision!r}: {name} has no such branch, tag or commit.") from None
-    except (OSError, httpx2.HTTPError) as error:
+        case "RevisionNotFoundError":
+            return f"MODEL_REVISION={revision!r}: {name} has no such branch, tag or commit."
+    return (
+        f"MODEL_NAME={name!r}: the Hugging Face Hub has no such model, or it is private. Check the spelling; "
+        "for a private model set HF_TOKEN."
+    )
+
+
+def _check_disk(cache: Path, missing: int) -> None:
+    """Compare what is to come with what is free.
+
+    Raises:
+        StartupError: there is too little.
+    """
+    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if missing + SPARE_BYTES > free:
         raise StartupError(
-            f"MODEL_NAME={name!r} is not in the local cache and could not be fetched from the Hugging Face Hub: "
-            f"{type(error).__name__}. Check the network, or give a local folder."
-        ) from error
+            f"{missing / 1e9:.1f} GB are to be downloaded, and the disk of {existing} has {free / 1e9:.1f} GB free. "
+            "Give the container a larger disk, or the endpoint a network volume."
+        )
+
+
+@contextmanager
+def _progress(cache: Path, missing: int, every: float = PROGRESS_SECONDS) -> Iterator[None]:
+    """Tell how far the download is: the Hub's bars on a terminal, else a line for every tenth."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if sys.stderr.isatty() or not missing:
+        yield
+        return
+    disable_progress_bars()
+    ended = threading.Event()
+
+    def size() -> int:
+        return sum(file.stat().st_size for file in (cache / "blobs").glob("*"))
+
+    def tell(before: int) -> None:
+        told = 0
+        while not ended.wait(every):
+            try:
+                tenths = 10 * (size() - before) // missing
+            except OSError:
+                continue
+            if told < tenths <= 10:
+                told = tenths
+                log.info("Downloaded %d %% of %.1f GB", 10 * tenths, missing / 1e9)
+
+    thread = threading.Thread(target=tell, args=(size(),), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Models that are on disk already: where caches are, and whether what is there is complete. Asks nobody else."""
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from worker.config import Settings
+
+BAKED = Path("/models")
+"""Where the image's build puts a model."""
+VOLUME = Path("/runpod-volume")
+"""Where RunPod mounts a network volume, and its cache of models."""
+HUB_FOLDER = Path("huggingface-cache/hub")
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
+_HEADER_BYTES = 100_000_000
+TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "spiece.model", "*.tiktoken")
+"""One of these goes with every model."""
+
+
+def caches(settings: Settings, environ: Mapping[str, str]) -> list[Path]:
+    """Return the folders in the Hub's layout that may hold the model, the fastest first."""
+    home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
+    said = [settings.download_dir, environ.get("HF_HUB_CACHE"), home / "hub"]
+    volume = Path(settings.base_path) / HUB_FOLDER
+    return list(dict.fromkeys(Path(folder) for folder in (BAKED, *said, volume) if folder))
+
+
+def download_folder(settings: Settings, environ: Mapping[str, str]) -> Path | None:
+    """Return the cache into which a model is downloaded; None: the Hub's own."""
+    if settings.download_dir:
+        return Path(settings.download_dir)
+    volume = Path(settings.base_path)
+    if volume.is_dir() and not {"HF_HOME", "HF_HUB_CACHE"} & environ.keys():
+        return volume / HUB_FOLDER
+    return None
+
+
+def find(settings: Settings, roots: Iterable[Path]) -> Path | None:
+    """Return the folder of a complete snapshot of the model in one of the caches."""
+    for root in roots:
+        for repository in _repositories(root, settings.model_name):
+            snapshot = _snapshot(repository, settings.model_revision)
+            if snapshot is not None and is_complete(_within(snapshot, settings.model_subfolder)):
+                return _within(snapshot, settings.model_subfolder)
+    return None
+
+
+def _within(snapshot: Path, subfolder: str | None) -> Path:
+    return snapshot / subfolder if subfolder else snapshot
+
+
+def _repositories(root: Path, name: str) -> Iterator[Path]:
+    """Yield the cache's folders of a model; RunPod's have been seen in lower case."""
+    wanted = f"models--{name.replace('/', '--')}"
+    try:
+        entries = list(root.iterdir())
+    except OSError:
+        return
+    yield from (entry for entry in entries if entry.name == wanted)
+    yield from (entry for entry in entries if entry.name != wanted and entry.name.lower() == wanted.lower())
+
+
+def _snapshot(repository: Path, revision: str | None) -> Path | None:
+    """Return the folder of a branch, a tag or a commit; a cache with a single snapshot and no branch has that one."""
+    snapshots = repository / "snapshots"
+    try:
+        commit = (repository / "refs" / (revision or "main")).read_text().strip()
+    except OSError:
+        commit = revision or ""
+    if commit and (snapshots / commit).is_dir():
+        return snapshots / commit
+    if revision is None:
+        try:
+            (only,) = snapshots.iterdir()
+        except (OSError, ValueError):
+            return None
+        return only
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether every file of a model is there, weights with the size that they say of themselves."""
+    try:
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+        if not {"config.json", "params.json"} & names or not any(any(folder.glob(name)) for name in TOKENIZERS):
+            return False
+        named = _named_in_indexes(folder, names)
+        weights = {name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".gguf"))} | named
+        return bool(weights) and named <= names and all(_is_whole(folder / name, names) for name in weights)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
+        # Whatever else is in a foreign file.
+        return False
+
+
+def _named_in_indexes(folder: Path, names: Iterable[str]) -> set[str]:
+    indexes = (json.loads((folder / name).read_text()) for name in names if name.endswith(".index.json"))
+    return {file for index in indexes for file in index.get("weight_map", {}).values()}
+
+
+def _is_whole(file: Path, names: set[str]) -> bool:
+    """Tell whether a file has its size, and the others of its set are there."""
+    if shard := _SHARD.search(file.name):
+        others = (f"{file.name[: shard.start()]}-{number:05}-of-{shard[2]}." for number in range(1, int(shard[2]) + 1))
+        if not all(any(name.startswith(other) for name in names) for other in others):
+            return False
+    if file.suffix != ".safetensors":
+        return file.stat().st_size > 0
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > _HEADER_BYTES:
+            return False
+        header = json.loads(opened.read(length))
+    ends = (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+    return bool(file.stat().st_size == 8 + length + max(ends, default=0))
