@@ -85,3 +85,17 @@ def test_a_link_to_media_is_not_told(output: io.StringIO) -> None:
     configured(output)
     logging.getLogger(logs.LINK_LOGGER).warning("HTTP fetch failed for https://host/image.png?key=secret")
     assert output.getvalue() == ""
+
+
+def test_an_error_that_is_the_callers_own_is_answered_and_not_told(output: io.StringIO) -> None:
+    class VLLMClientError(Exception):
+        """What vLLM calls the base of such errors."""
+
+    configured(output)
+    for error in (VLLMClientError("a prompt"), RuntimeError("a fault")):
+        try:
+            raise error
+        except (VLLMClientError, RuntimeError):
+            logging.getLogger("vllm.test").exception("Error")
+    (line,) = parsed(output)
+    assert "a fault" in line["traceback"]

@@ -242,6 +242,15 @@ def test_a_link_that_leads_to_nothing(api: httpx.Client, links: Server, route: s
     assert "xylophone" not in error["message"]
 
 
+def test_what_is_refused_leaves_no_trace_in_the_log(http_worker: HttpWorker, links: Server) -> None:
+    with http_worker.client() as client:
+        for route in PARTS:
+            refused(client, route, [turn(route, "?", ("image", f"{links.url}/status/404?secret=xylophone"))])
+    log = http_worker.log.read_text()
+    assert "xylophone" not in log
+    assert "Traceback" not in log
+
+
 def test_a_server_that_is_too_slow(http_worker: HttpWorker, links: Server) -> None:
     with http_worker.client() as client:
         shown = turn(CHAT, "?", ("image", f"{links.url}/drip/"))

@@ -33,6 +33,19 @@ _FORMATTERS: dict[Format, dict[str, Any]] = {
 }
 
 
+CALLERS_ERRORS = {"VLLMClientError", "GracefulHTTPError"}
+"""vLLM's classes of errors that are answered, and may quote what they answer."""
+
+
+class NoCallersErrors(logging.Filter):
+    """Leaves out what some of vLLM's routes log of an error that is the caller's own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether the record is to be written."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not CALLERS_ERRORS & {one.__name__ for one in type(error).__mro__}
+
+
 def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) -> dict[str, Any]:
     """Return a dictionary for `logging.config.dictConfig`, plain enough to be a JSON file that vLLM reads."""
     # The SDK tells every job's input and output at its DEBUG level.
@@ -44,7 +57,15 @@ def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) 
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": _FORMATTERS[form]},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+        "filters": {"callers": {"()": f"{__name__}.{NoCallersErrors.__name__}"}},
+        "handlers": {
+            "stderr": {
+                "class": "logging.StreamHandler",
+                "formatter": "line",
+                "filters": ["callers"],
+                "stream": "ext://sys.stderr",
+            }
+        },
         "loggers": {name: {"level": level, "handlers": [], "propagate": True} for name, level in levels.items()},
         "root": {"handlers": ["stderr"], "level": "WARNING"},
     }
