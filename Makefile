@@ -51,6 +51,7 @@ bench: setup ## Compare the worker with vllm serve, and its media with vLLM's; t
 
 bench-coldstart: setup ## Compare the time from the start to the first token with a vllm serve that is polled
 	@$(BIN)/python -m bench.coldstart $(BENCH)
+	@$(BIN)/python -m bench.prefetch
 
 endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
 	@$(BIN)/python -m bench.endurance

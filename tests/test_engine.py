@@ -6,6 +6,8 @@ The running engine is tested through the whole worker.
 import argparse
 import asyncio
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from tests import tiny
 from tests.tiny import MODEL
 from worker import config, flags, sources
-from worker.engine import parse_arguments
+from worker.engine import arguments, parse_arguments
 from worker.engine.arguments import SERVER_FLAGS, _Parser, changed
 from worker.engine.client import PacedCollector
 from worker.errors import ConfigurationError
@@ -92,6 +94,34 @@ def test_every_preset_is_one_that_vllm_takes(preset: dict[str, Any]) -> None:
     for name, value in said.items():
         if name.lower() in args and name.lower() != "limit_mm_per_prompt":
             assert str(args[name.lower()]).lower() == value.lower(), name
+
+
+@pytest.mark.parametrize(
+    ("gpus", "heads", "said", "used"),
+    [
+        pytest.param(8, 28, {}, 7, id="as many as divide the heads"),
+        pytest.param(8, 64, {}, 8, id="all"),
+        pytest.param(4, 64, {"PIPELINE_PARALLEL_SIZE": "2"}, 2, id="pipelines share them"),
+        pytest.param(1, 64, {}, 1, id="one"),
+        pytest.param(8, None, {}, 1, id="unknown heads"),
+        pytest.param(8, 64, {"TENSOR_PARALLEL_SIZE": "2"}, 2, id="said"),
+        pytest.param(8, 64, {"TENSOR_PARALLEL_SIZE": "Auto"}, 8, id="said to be found"),
+    ],
+)
+def test_how_many_gpus(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    heads: int | None,
+    said: dict[str, str],
+    used: int,
+) -> None:
+    monkeypatch.setattr(arguments, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_count=lambda: gpus))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_attention_heads": heads}}))
+    told = sources.gather({"MODEL_NAME": "org/tiny", **said})
+    args = parse_arguments(told, config.load(told.values), str(tmp_path))
+    assert args.tensor_parallel_size == used
+    assert (args.mm_encoder_tp_mode == "data") is (used > 1)
 
 
 def test_limits_of_media_have_short_names() -> None:

@@ -192,11 +192,18 @@ def test_no_redirect_leads_inside(host: str, monkeypatch: pytest.MonkeyPatch) ->
         "http://\x00/",
         "unix:///var/run/docker.sock",
         "jar:http://example.org!/",
+        "http://%31%32%37.0.0.1/",
+        "http://127%2e0%2e0%2e1/",
+        "http://example.org%00.evil.example/",
     ],
 )
 def test_odd_links(server: Server, link: str) -> None:
-    with pytest.raises(MediaError):
-        fetch(link, Policy(seconds=1), resolver=Names("127.0.0.1"))
+    """Each is refused for what it is, and before anything is asked about it."""
+    began = time.monotonic()
+    with pytest.raises(MediaError) as caught:
+        fetch(link, Policy(seconds=5), resolver=Names("127.0.0.1"))
+    assert caught.value.status in (400, 403)
+    assert time.monotonic() - began < 1
     assert server.hits == []
 
 

@@ -202,6 +202,20 @@ def test_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
     assert not (Path(folder).parent / "other.safetensors").exists()
 
 
+def test_a_model_is_baked_into_an_image(hub: Hub, tmp_path: Path) -> None:
+    hub.files = MODEL
+    env = hub_environment(hub.port, tmp_path / "home") | {"MODEL_NAME": "org/model"}
+    command = [sys.executable, "builder/bake_model.py", str(tmp_path / "models")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = snapshots.find(config.load({"MODEL_NAME": "org/model"}), [tmp_path / "models"])
+    assert found is not None
+    assert str(found) in done.stdout
+    del hub.files["model-00002-of-00002.safetensors"]
+    again = [*command[:2], str(tmp_path / "others")]
+    assert subprocess.run(again, env=env, cwd=ROOT, capture_output=True, check=False).returncode == 1
+
+
 def test_a_disk_that_is_too_small_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_500_000_000))
     with pytest.raises(StartupError, match=r"^2\.0 GB are to be downloaded, and the disk of .* has 2\.5 GB free"):

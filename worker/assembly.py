@@ -2,16 +2,20 @@
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from worker import gpu
+from worker import fit, gpu
 from worker.asgi import App
+from worker.compile_cache import CompileCache, key_of
 from worker.config import Settings
+from worker.errors import Json
 from worker.ledger import Ledger
 from worker.monitor import Monitor
 from worker.sources import Sources
@@ -39,6 +43,7 @@ class Worker:
         self.ledger = Ledger()
         self.monitor = Monitor(self.status, self.telemetry, settings, self.ledger)
         self._engine: Engine | None = None
+        self._compiled: CompileCache | None = None
         self._app: App | None = None
         self.ledger.enter("python", time.time() - psutil.Process().create_time())
 
@@ -67,16 +72,30 @@ class Worker:
                 if found.are_local and not ASK_THE_HUB & self._sources.values.keys():
                     os.environ.setdefault("HF_HUB_OFFLINE", "1")
             with self.ledger.phase("imports"):
-                from worker.engine import Engine, near_misses, parse_arguments
+                from worker.engine import Engine, compiles_alike, near_misses, parse_arguments, plan
             with self.ledger.phase("download"):
                 folder = found.folder()
         with self.ledger.phase("configuration"):
             args = parse_arguments(self._sources, self.settings, str(folder))
             for warning in near_misses(self._sources):
                 log.warning(warning)
+            if not self.settings.skip_fit_check:
+                fit.check(folder, plan(args), gpu.installed())
+        self._compiled = self._compile_cache(compiles_alike(args))
+        if self._compiled is not None:
+            with self.ledger.phase("compile cache"):
+                self._compiled.restore()
         with self.ledger.phase("engine"):
             self._engine = Engine.load(args, self.settings, meanwhile)
         gpu.register(self.telemetry.registry)
+
+    def _compile_cache(self, about: Json) -> CompileCache | None:
+        volume = Path(self.settings.base_path)
+        if self.settings.compile_cache == "off" or not volume.is_dir() or not (gpus := gpu.installed()):
+            return None
+        key = key_of({**about, "gpus": [one["name"] for one in gpus], "driver": gpu.driver()})
+        local = Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+        return CompileCache(volume / "vllm-compile-cache", key, local, int(self.settings.compile_cache_gb * 1e9))
 
     async def attach(self) -> App:
         """Return the worker's API as an ASGI app; it is made at the first call, in the loop that serves."""
@@ -88,6 +107,8 @@ class Worker:
                 self.ledger.enter("total", self.status.uptime + self.ledger.seconds["python"])
                 self.status.ready(self.engine.describe(), lambda: self.engine.is_dead)
                 self._app = self.monitor.over(app)
+                if self._compiled is not None:
+                    threading.Thread(target=self._compiled.save, name="compile cache", daemon=True).start()
         return self._app
 
     def shutdown(self) -> None:

@@ -49,6 +49,12 @@ class Settings(BaseModel):
     """Where models are downloaded to; by default the volume's cache, or where `HF_HOME` says."""
     hf_token: str | None = Field(default=None, repr=False)
     """For gated and private models."""
+    compile_cache: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = "auto"
+    """Whether what vLLM compiles is kept on the network volume, where there is one."""
+    compile_cache_gb: float = Field(default=10.0, gt=0)
+    """How much of the volume that may take."""
+    skip_fit_check: Boolean = False
+    """Whether a model is loaded that does not fit the GPUs, by the worker's estimate."""
     max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
     """Jobs in flight at once; by default twice the engine's `max_num_seqs`, at most 512."""
     request_timeout: float | None = Field(default=None, gt=0)

@@ -35,16 +35,26 @@ class GpuCollector(Collector):
 
 
 def installed() -> list[dict[str, Any]]:
-    """Return every GPU's name and memory in bytes."""
+    """Return every GPU's name, and its memory, all of it and what is free, in bytes. No CUDA context is made."""
     try:
         pynvml.nvmlInit()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        memory = [(device, pynvml.nvmlDeviceGetMemoryInfo(device)) for device in devices]
         return [
-            {"name": pynvml.nvmlDeviceGetName(device), "memory": pynvml.nvmlDeviceGetMemoryInfo(device).total}
-            for device in devices
+            {"name": pynvml.nvmlDeviceGetName(device), "memory": info.total, "free": info.free}
+            for device, info in memory
         ]
     except pynvml.NVMLError:
         return []
+
+
+def driver() -> str | None:
+    """Return the driver's version; None without one."""
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
 
 
 def register(registry: CollectorRegistry = REGISTRY) -> None:

@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+import vllm
 from vllm.entrypoints.launchers.cli_args import (
     BaseFrontendArgs,
     FrontendArgs,
@@ -22,6 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import config, flags, sources
 from worker.errors import ConfigurationError, Json
+from worker.fit import Plan
 from worker.sources import Sources
 
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
@@ -30,6 +33,7 @@ SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFronte
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+NOT_COMPILED = ("served_model_name", "api_key", "logging_config", "load_format", "gpu_memory_utilization")
 SECRETS = ("api_key", "hf_token")
 REFUSALS = (VLLMError, AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What vLLM raises when it cannot do what it is told."""
@@ -116,6 +120,25 @@ def _attention_heads(file: Path) -> int | None:
         if isinstance(heads := part.get("num_attention_heads"), int):
             return heads
     return None
+
+
+def compiles_alike(args: argparse.Namespace) -> Json:
+    """Return what makes the code that vLLM compiles another; within its cache, vLLM itself tells finer."""
+    names = {name: value for name, value in changed(args).items() if name not in NOT_COMPILED}
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+    return {**versions, "model": args.model, "arguments": names}
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """Return what the arguments say of how much memory the model takes of its GPUs."""
+    return Plan(
+        gpus=args.tensor_parallel_size * args.pipeline_parallel_size,
+        utilization=args.gpu_memory_utilization,
+        max_model_len=args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None,
+        dtype=str(args.dtype),
+        cache_dtype=str(args.kv_cache_dtype),
+        quantized=args.quantization is not None,
+    )
 
 
 def _limit_media(args: argparse.Namespace, settings: config.Settings) -> None:

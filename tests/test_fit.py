@@ -1,0 +1,89 @@
+"""Whether a model fits, by numbers that can be worked out by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from worker import fit
+from worker.errors import ConfigurationError
+from worker.fit import Plan
+
+GPU = {"memory": 24_000_000_000, "free": 23_000_000_000}
+CONFIG = {
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "hidden_size": 3584,
+    "max_position_embeddings": 32_768,
+}
+PLAN = Plan(1, 0.9, None, "bfloat16", "auto", quantized=False)
+
+
+def model(folder: Path, size: int, config: dict[str, Any] = CONFIG) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(size)
+    return folder
+
+
+def test_one_that_fits(tmp_path: Path) -> None:
+    """2 (keys, values) x 28 layers x 4 heads x 128 x 2 bytes = 57,344 bytes for each token."""
+    estimate = fit.check(model(tmp_path, 15_000_000_000), PLAN, [GPU])
+    assert estimate is not None
+    assert (estimate.weights, estimate.cache) == (15e9, 57_344 * 32_768)
+    assert estimate.free == 24e9 * 0.9
+
+
+def test_a_context_that_is_too_long_is_told_which_would_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"does not fit, by estimate") as caught:
+        fit.check(model(tmp_path, 19_500_000_000), PLAN, [GPU])
+    said = str(caught.value)
+    room = 21_600_000_000 - 19_500_000_000 - fit.OVERHEAD_BYTES
+    assert f"MAX_MODEL_LEN={room // 57_344 // 256 * 256}" in said
+    assert "needs 19.5 GB for weights, 1.9 GB for the cache of one sequence of 32768 tokens" in said
+    assert "has 21.6 GB" in said
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_weights_that_are_too_large(tmp_path: Path, quantized: bool) -> None:
+    plan = Plan(1, 0.9, 4096, "bfloat16", "auto", quantized)
+    with pytest.raises(ConfigurationError, match="more GPUs") as caught:
+        fit.check(model(tmp_path, 140_000_000_000), plan, [GPU, GPU])
+    assert ("a quantized variant" in str(caught.value)) is not quantized
+
+
+def test_several_gpus_share(tmp_path: Path) -> None:
+    plan = Plan(8, 0.9, 4096, "bfloat16", "auto", quantized=False)
+    estimate = fit.check(model(tmp_path, 140_000_000_000), plan, [GPU] * 8)
+    assert estimate is not None
+    assert estimate.weights == 17.5e9
+
+
+@pytest.mark.parametrize(
+    ("config", "plan", "size"),
+    [
+        pytest.param({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, PLAN, 28 * 576 * 2, id="latent attention"),
+        pytest.param({}, Plan(1, 0.9, None, "bfloat16", "fp8", quantized=False), 28_672, id="a cache of 8 bits"),
+        pytest.param({}, Plan(1, 0.9, None, "float32", "auto", quantized=False), 114_688, id="32 bits"),
+        pytest.param({"head_dim": 64}, PLAN, 28_672, id="smaller heads"),
+        pytest.param(
+            {"sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"]}, PLAN, 2_048, id="window"
+        ),
+    ],
+)
+def test_what_a_token_takes(tmp_path: Path, config: dict[str, Any], plan: Plan, size: int) -> None:
+    estimate = fit.check(model(tmp_path, 1000, {"text_config": CONFIG | config}), plan, [GPU])
+    assert estimate is not None
+    assert estimate.cache == size * 32_768
+
+
+@pytest.mark.parametrize("gone", ["config.json", "model.safetensors"])
+def test_what_is_not_known_is_not_refused(tmp_path: Path, gone: str) -> None:
+    (model(tmp_path, 10**12) / gone).unlink()
+    assert fit.check(tmp_path, PLAN, [GPU]) is None
+
+
+def test_without_gpus_nothing_is_said(tmp_path: Path) -> None:
+    assert fit.check(model(tmp_path, 10**12), PLAN, []) is None
