@@ -46,7 +46,7 @@ def _reading_after_import(folder: Path, prefetches: bool) -> float:
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, "-m", "worker.prefetch", str(folder)]
+    command = [sys.executable, "-m", "worker.model.prefetch", str(folder)]
     prefetch = subprocess.Popen(command, cwd=ROOT) if prefetches else None  # noqa: S603 - our own program
     subprocess.run(IMPORT, cwd=ROOT, check=True, capture_output=True)  # noqa: S603 - vLLM
     began = time.perf_counter()

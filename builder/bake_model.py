@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from worker import config, snapshots, sources, weights
+from worker import config, sources
 from worker.errors import StartupError
+from worker.model import snapshots, weights
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import ROOT
-from worker.compile_cache import CompileCache, key_of
+from worker.model.compile_cache import CompileCache, key_of
 
 
 def cache(tmp_path: Path, worker: str = "one", key: str = "key", max_bytes: int = 10**9) -> CompileCache:
@@ -97,7 +97,7 @@ def test_two_workers_write_at_once_and_one_is_killed(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from worker.compile_cache import CompileCache
+from worker.model.compile_cache import CompileCache
 root = Path(sys.argv[1])
 while True:
     CompileCache(root / "volume", "key", root / "one", 10**9).save()

@@ -21,7 +21,7 @@ from tests.links import Server
 from worker import config
 from worker.engine import media as guarding
 from worker.errors import JobError, MediaError
-from worker.media import Limit, read_file
+from worker.media.checks import Limit, read_file
 from worker.meter import Meter, metered
 
 OPEN = {"MEDIA_ALLOW_PRIVATE_NETWORKS": "true", "MEDIA_FETCH_TIMEOUT": "5"}

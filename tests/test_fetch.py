@@ -11,7 +11,6 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from tests.links import Server
-from worker import fetch as fetching
 from worker.errors import (
     LinkServerRefusedError,
     MediaError,
@@ -20,8 +19,9 @@ from worker.errors import (
     TooSlowError,
     UnreachableError,
 )
-from worker.fetch import Fetcher, Policy, is_public
-from worker.media import Limit
+from worker.media import fetch as fetching
+from worker.media.checks import Limit
+from worker.media.fetch import Fetcher, Policy, is_public
 
 LIMIT = Limit("MAX_IMAGE_BYTES", 1_000_000)
 OPEN = Policy(seconds=10, private_networks=True)

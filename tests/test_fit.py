@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from worker import fit
 from worker.errors import ConfigurationError
-from worker.fit import Plan
+from worker.model import fit
+from worker.model.fit import Plan
 
 GPU = {"memory": 24_000_000_000, "free": 23_000_000_000}
 CONFIG = {

@@ -6,7 +6,7 @@ import io
 import pytest
 from PIL import Image
 
-from worker import media_url
+from worker.media import url as media_url
 
 
 def image(kind: str) -> bytes:

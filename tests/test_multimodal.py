@@ -293,7 +293,7 @@ def test_hostile_files_cost_little_and_the_worker_stays_up(http_worker: HttpWork
             assert code in (400, 413), (kind, url[:200], error)
             assert error["param"] == "messages[0].content[0]"
         assert ask(client, CHAT, [turn(CHAT, "What is this?", ("image", image_url("red")))]) == "The image is red."
-    decoders = [one for one in worker.children() if "worker.decoder" in one.cmdline()]
+    decoders = [one for one in worker.children() if "worker.media.decoder" in one.cmdline()]
     assert peak(worker) - before + sum(map(peak, decoders)) < 300e6
     assert len(urls) > 60
     assert API_KEY not in http_worker.log.read_text()

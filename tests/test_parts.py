@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from worker.media import Kind
-from worker.parts import path_of, paths_of
+from worker.media.checks import Kind
+from worker.media.parts import path_of, paths_of
 
 LINK = "https://host/picture.png"
 DATA = "data:image/png;base64,aGVsbG8="

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from worker import config, snapshots
+from worker import config
+from worker.model import snapshots
 
 COMMIT = "c" * 40
 

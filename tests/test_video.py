@@ -16,8 +16,8 @@ import pytest
 from tests import hostile, media
 from worker import config
 from worker.errors import MediaError
-from worker.media import Limits
-from worker.video import Capture, Decoders
+from worker.media.checks import Limits
+from worker.media.video import Capture, Decoders
 
 LIMITS = Limits.of(config.load({}))
 
@@ -48,7 +48,7 @@ def frames_of(capture: Capture) -> int:
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "worker.decoder" in one.cmdline()]
+    return [one for one in psutil.Process().children() if "worker.media.decoder" in one.cmdline()]
 
 
 def test_a_process_is_used_again(decoders: Decoders) -> None:
@@ -131,8 +131,8 @@ def test_it_holds_no_secret_and_ends_with_its_worker() -> None:
     program = """
         import sys, time
         from worker import config
-        from worker.media import Limits
-        from worker.video import Decoders
+        from worker.media.checks import Limits
+        from worker.media.video import Decoders
         Decoders(Limits.of(config.load({}))).prepare()
         print("ready", flush=True)
         time.sleep(60)
@@ -144,7 +144,7 @@ def test_it_holds_no_secret_and_ends_with_its_worker() -> None:
         worker.stdout.readline()
         (decoder,) = psutil.Process(worker.pid).children()
         for _ in range(100):
-            if "worker.decoder" in decoder.cmdline():
+            if "worker.media.decoder" in decoder.cmdline():
                 break
             time.sleep(0.05)
         assert "s3cret" not in str(decoder.environ())

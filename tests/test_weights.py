@@ -18,8 +18,9 @@ import pytest
 
 from tests.test_snapshots import SHARDED, tensors
 from tests.tiny import ROOT
-from worker import config, snapshots, weights
+from worker import config
 from worker.errors import ConfigurationError, StartupError
+from worker.model import snapshots, weights
 
 COMMIT = "a" * 40
 
@@ -85,7 +86,8 @@ def hub() -> Iterator[Hub]:
 RESOLVE = """
 import os, sys
 from tests.tiny import ROOT
-from worker import config, weights
+from worker import config
+from worker.model import weights
 from worker.errors import StartupError
 try:
     print(weights.Weights(config.load(os.environ), os.environ).folder())
@@ -183,7 +185,7 @@ def test_a_download_that_is_killed_leaves_nothing_that_looks_complete(hub: Hub, 
     said = {"BASE_PATH": str(tmp_path), "MODEL_NAME": "org/model"}
     settings = config.load(said)
     with subprocess.Popen(
-        [sys.executable, "-m", "worker.weights"], env=hub_environment(hub.port, None) | said, cwd=ROOT
+        [sys.executable, "-m", "worker.model.weights"], env=hub_environment(hub.port, None) | said, cwd=ROOT
     ) as one:
         while not any("model-0000" in path for path in hub.requests):
             time.sleep(0.02)

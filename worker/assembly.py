@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from worker import fit, gpu
+from worker import gpu
 from worker.asgi import App
-from worker.compile_cache import CompileCache, key_of
 from worker.config import Settings
 from worker.errors import Json
 from worker.ledger import Ledger
+from worker.model import fit
+from worker.model.compile_cache import CompileCache, key_of
+from worker.model.weights import Weights
 from worker.monitor import Monitor
 from worker.sources import Sources
 from worker.status import Status
 from worker.telemetry import Telemetry
-from worker.weights import Weights
 
 ASK_THE_HUB = {"TOKENIZER", "LORA_MODULES", "SPECULATIVE_CONFIG", "SPEC_MODEL", "VLLM_EXTRA_ARGS"}
 """Settings that may name something else on the Hub than the model."""

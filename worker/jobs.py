@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from worker import media_url
 from worker.errors import InvalidRequestError, Json, RouteNotFoundError
+from worker.media import url
 from worker.routes import OWN_ROUTES, Method, method_of
 
 StreamForm = Literal["sse", "objects"]
@@ -92,7 +92,7 @@ class _PromptJob(_FieldsJob):
 
     def call(self) -> ApiCall:
         media = (("image", self.image, self.images), ("video", self.video, self.videos))
-        parts = [_part(kind, url, name) for kind, one, more in media for name, url in _named(kind, one, more)]
+        parts = [_part(kind, value, name) for kind, one, more in media for name, value in _named(kind, one, more)]
         if not parts and not self.apply_chat_template:
             return self.post("/v1/completions", {"prompt": self.prompt})
         if not isinstance(self.prompt, str):
@@ -179,7 +179,7 @@ def _named(name: str, one: str | None, several: list[str] | None) -> list[tuple[
 
 def _part(kind: str, value: str, name: str) -> Json:
     try:
-        url = media_url.from_text(value, kind)
+        link = url.from_text(value, kind)
     except ValueError as error:
         raise InvalidRequestError(f"{name!r} {error}", param=name) from None
-    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": link}}

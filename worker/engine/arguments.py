@@ -24,7 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import config, flags, sources
 from worker.errors import ConfigurationError, Json
-from worker.fit import Plan
+from worker.model.fit import Plan
 from worker.sources import Sources
 
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))

@@ -27,14 +27,14 @@ from vllm.multimodal.media.image import ImageMediaIO
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from worker import media, parts
 from worker.asgi import App, Message, Receive, Send
 from worker.config import Settings
 from worker.errors import MediaError, MediaTooLargeError
-from worker.fetch import Fetcher, Policy
-from worker.media import Kind, Limit, Limits
+from worker.media import checks, parts
+from worker.media.checks import Kind, Limit, Limits
+from worker.media.fetch import Fetcher, Policy
+from worker.media.video import DAMAGED, Capture, Decoders
 from worker.meter import Fetch, Meter, metered
-from worker.video import DAMAGED, Capture, Decoders
 
 NAME = "worker"
 """What `VLLM_MEDIA_CONNECTOR` has to be for vLLM to use the connector."""
@@ -106,7 +106,7 @@ class Connector(MediaConnector):
         if scheme == "data:":
             return await self._in_thread(self._decode_url, url, media_io)
         if scheme == "file:":
-            data = await self._in_thread(media.read_file, url, self.allowed_local_media_path, limit)
+            data = await self._in_thread(checks.read_file, url, self.allowed_local_media_path, limit)
         else:
             data = await self._fetch_once(url, limit)
         return await self._in_thread(self._decode, data, media_io)
@@ -149,24 +149,24 @@ class Connector(MediaConnector):
         if isinstance(media_io, VideoMediaIO) and media_type == "video/jpeg":
             self._check_frames(text, media_io)
             return self._guarded(media_io, lambda: media_io.load_base64(media_type, text))
-        media.check_size(len(text) * 3 // 4 - 2, self.guard.limits.bytes[_KINDS[type(media_io)]])
+        checks.check_size(len(text) * 3 // 4 - 2, self.guard.limits.bytes[_KINDS[type(media_io)]])
         return self._decode(_unpacked(text), media_io)
 
     def _check_frames(self, text: str, media_io: VideoMediaIO) -> None:
         limits = self.guard.limits
-        media.check_size(len(text) * 3 // 4, limits.bytes["video"])
+        checks.check_size(len(text) * 3 // 4, limits.bytes["video"])
         frames = text.split(",")
         if 0 < media_io.num_frames < len(frames):
             raise MediaError(f"it has {len(frames)} frames; at most VIDEO_MAX_FRAMES={media_io.num_frames} are taken")
-        media.check_frames(sum(media.check_image(_unpacked(frame), limits) for frame in frames), limits)
+        checks.check_frames(sum(checks.check_image(_unpacked(frame), limits) for frame in frames), limits)
 
     def _decode(self, data: bytes, media_io: MediaIO[Any]) -> Any:
         kind, limits = _KINDS[type(media_io)], self.guard.limits
         if kind == "image":
-            media.check_image(data, limits)
+            checks.check_image(data, limits)
         else:
-            media.check_size(len(data), limits.bytes[kind])
-            media.check_kind(data, kind)
+            checks.check_size(len(data), limits.bytes[kind])
+            checks.check_kind(data, kind)
         return self._guarded(media_io, lambda: media_io.load_bytes(data))
 
     def _guarded(self, media_io: MediaIO[Any], decode: Callable[[], Any]) -> Any:
@@ -191,7 +191,7 @@ class Connector(MediaConnector):
 
     def _downscaled(self, image: MediaWithBytes[Image.Image]) -> MediaWithBytes[Image.Image]:
         pixels = self.guard.limits.downscale_pixels
-        if (smaller := media.downscaled(image.media, pixels)) is image.media:
+        if (smaller := checks.downscaled(image.media, pixels)) is image.media:
             return image
         return MediaWithBytes(smaller, image.original_bytes, {**(image.io_config or {}), "downscale_pixels": pixels})
 

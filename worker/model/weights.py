@@ -1,6 +1,6 @@
 """MODEL_NAME becomes a local folder: one that is there, or a download.
 
-Downloading is done by a process of its own (`python -m worker.weights`), which starts before vLLM is imported.
+Downloading is done by a process of its own (`python -m worker.model.weights`), which starts before vLLM is imported.
 """
 
 import json
@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from worker import config, snapshots, sources
+from worker import config, sources
 from worker.backoff import Backoff
 from worker.config import Settings
 from worker.errors import ConfigurationError, StartupError
+from worker.model import snapshots
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ class Weights:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._folder = local(settings, environ)
         if self._folder is None:
-            module, arguments = "worker.weights", []
+            module, arguments = "worker.model.weights", []
         else:
-            module, arguments = "worker.prefetch", [str(self._folder)]
+            module, arguments = "worker.model.prefetch", [str(self._folder)]
         self._process = subprocess.Popen(  # noqa: S603 - our own programs
             [sys.executable, "-m", module, *arguments],
             env={**environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

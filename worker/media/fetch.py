@@ -18,7 +18,7 @@ from runpod.serverless.utils.rp_ssrf import is_safe_address
 from yarl import URL
 
 from worker.errors import LinkServerRefusedError, MediaError, RefusedLinkError, TooSlowError, UnreachableError
-from worker.media import Limit, check_size
+from worker.media.checks import Limit, check_size
 
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 3

@@ -16,7 +16,7 @@ from PIL import Image
 
 from worker.config import Settings
 from worker.errors import MediaError, MediaTooLargeError, RefusedLinkError
-from worker.media_type import leads_elsewhere, media_type
+from worker.media.formats import leads_elsewhere, media_type
 
 Kind = Literal["image", "video", "audio"]
 

@@ -1,4 +1,4 @@
-"""`python -m worker.prefetch FOLDER`: reads a model's weights into the page cache while the worker imports vLLM."""
+"""`python -m worker.model.prefetch FOLDER`: reads weights into the page cache while the worker imports vLLM."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""A process of its own that reads strangers' videos: `python -m worker.decoder FD FD`, which `worker/video.py` starts.
+"""A process of its own that reads strangers' videos: `python -m worker.media.decoder FD FD`, started by `video.py`.
 
 What makes OpenCV crash, hang or use up memory ends this process alone, and its environment holds no secret. It is asked
 through the first file descriptor, a socket, where each message is JSON but for the video, which is bytes. Frames go

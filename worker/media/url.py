@@ -3,7 +3,7 @@
 import base64
 import re
 
-from worker.media_type import HEAD_BYTES, media_type
+from worker.media.formats import HEAD_BYTES, media_type
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.errors import MediaError, MediaTooLargeError
-from worker.media import Limits, check_frames, check_pixels
+from worker.media.checks import Limits, check_frames, check_pixels
 
 DAMAGED = "it cannot be decoded: it is cut off or damaged"
 START_SECONDS = 30.0
@@ -43,7 +43,7 @@ class _Process:
         with theirs, os.fdopen(memory):
             # Without the worker's environment, which holds its keys.
             self._process = subprocess.Popen(  # noqa: S603 - its own program
-                [sys.executable, "-m", "worker.decoder", *map(str, descriptors)],
+                [sys.executable, "-m", "worker.media.decoder", *map(str, descriptors)],
                 env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENCV_LOG_LEVEL": "OFF"},
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,

@@ -6,7 +6,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
-from worker.media import Kind
+from worker.media.checks import Kind
 
 KEYS: Mapping[Kind, frozenset[str]] = MappingProxyType(
     {

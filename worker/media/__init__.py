@@ -1,0 +1,1 @@
+"""Images, videos and sounds of strangers: fetched, checked, and decoded at arm's length."""
