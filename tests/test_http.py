@@ -187,6 +187,14 @@ def test_a_job_is_one_line_of_json(http: httpx.Client, http_worker: HttpWorker) 
     assert line["queue_seconds"] >= 0
 
 
+def test_the_start_is_one_line(http_worker: HttpWorker) -> None:
+    parsed = [json.loads(line) for line in http_worker.log.read_text().splitlines() if line.startswith("{")]
+    (line,) = (line for line in parsed if "startup_seconds" in line)
+    assert {"python", "weights", "imports", "download", "engine", "attach", "total"} <= line["startup_seconds"].keys()
+    assert line["weights"].startswith("on disk: ")
+    assert line["compile_cache"] is False
+
+
 def test_the_engines_lines_have_the_same_form(http_worker: HttpWorker) -> None:
     parsed = [json.loads(line) for line in http_worker.log.read_text().splitlines() if line.startswith("{")]
     assert {line["logger"].partition(".")[0] for line in parsed} >= {"worker", "vllm"}

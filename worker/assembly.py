@@ -13,10 +13,10 @@ import psutil
 
 from worker import gpu
 from worker.asgi import App
-from worker.config import Settings
+from worker.config import Settings, cache_root
 from worker.errors import Json
 from worker.ledger import Ledger
-from worker.model import fit
+from worker.model import fit, preflight
 from worker.model.compile_cache import CompileCache, key_of
 from worker.model.weights import Weights
 from worker.monitor import Monitor
@@ -45,6 +45,8 @@ class Worker:
         self.monitor = Monitor(self.status, self.telemetry, settings, self.ledger)
         self._engine: Engine | None = None
         self._compiled: CompileCache | None = None
+        self._restored = False
+        self._weights = ""
         self._app: App | None = None
         self.ledger.enter("python", time.time() - psutil.Process().create_time())
 
@@ -76,16 +78,19 @@ class Worker:
                 from worker.engine import Engine, compiles_alike, near_misses, parse_arguments, plan
             with self.ledger.phase("download"):
                 folder = found.folder()
+            self._weights = f"{'on disk' if found.are_local else 'downloaded'}: {folder}"
         with self.ledger.phase("configuration"):
             args = parse_arguments(self._sources, self.settings, str(folder))
             for warning in near_misses(self._sources):
                 log.warning(warning)
             if not self.settings.skip_fit_check:
                 fit.check(folder, plan(args), gpu.installed())
+            for warning in preflight.warnings(cache_root(self._sources.values), plan(args).gpus):
+                log.warning(warning)
         self._compiled = self._compile_cache(compiles_alike(args))
         if self._compiled is not None:
             with self.ledger.phase("compile cache"):
-                self._compiled.restore()
+                self._restored = self._compiled.restore()
         with self.ledger.phase("engine"):
             self._engine = Engine.load(args, self.settings, meanwhile)
         gpu.register(self.telemetry.registry)
@@ -95,7 +100,7 @@ class Worker:
         if self.settings.compile_cache == "off" or not volume.is_dir() or not (gpus := gpu.installed()):
             return None
         key = key_of({**about, "gpus": [one["name"] for one in gpus], "driver": gpu.driver()})
-        local = Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+        local = cache_root(self._sources.values)
         return CompileCache(volume / "vllm-compile-cache", key, local, int(self.settings.compile_cache_gb * 1e9))
 
     async def attach(self) -> App:
@@ -106,6 +111,7 @@ class Worker:
             if self._app is None:
                 self.ledger.enter("attach", time.monotonic() - began)
                 self.ledger.enter("total", self.status.uptime + self.ledger.seconds["python"])
+                self.ledger.tell(weights=self._weights, compile_cache=self._restored)
                 self.status.ready(self.engine.describe(), lambda: self.engine.is_dead)
                 self._app = self.monitor.over(app)
                 if self._compiled is not None:

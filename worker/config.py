@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -188,12 +189,19 @@ public address; a model that has just generated a token proves more.
 """
 
 
+def cache_root(environ: Mapping[str, str]) -> Path:
+    """Return where vLLM keeps what it compiles."""
+    return Path(environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+
+
 def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
     """Return what the environment does not set of what vLLM and the SDK should be told."""
     defaults = dict(LIBRARY_DEFAULTS)
     if protocol := environ.get("OTEL_EXPORTER_OTLP_PROTOCOL"):
         # The only one of OpenTelemetry's two names that vLLM reads.
         defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
+    # Beside what vLLM itself compiles, so that one cache holds all of it.
+    defaults["TRITON_CACHE_DIR"] = str(cache_root(environ) / "triton")
     if BOOLEANS.get(environ.get("ENABLE_SLEEP_MODE", "").strip().lower()) is not True:
         # Sleep mode has an allocator of its own, which knows no such segments.
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

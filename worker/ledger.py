@@ -31,3 +31,7 @@ class Ledger:
         self.seconds[name] = round(seconds, 3)
         self._gauge.labels(name).set(seconds)
         log.info("Start: %s took %.3f s", name, seconds, extra={"phase": name, "seconds": round(seconds, 3)})
+
+    def tell(self, **about: object) -> None:
+        """Tell all phases in one line, once the worker is ready, and what else is worth knowing of the start."""
+        log.info("Ready after %.3f s", self.seconds["total"], extra={"startup_seconds": dict(self.seconds), **about})

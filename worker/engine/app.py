@@ -72,6 +72,8 @@ class Engine:
             ConfigurationError: vLLM refuses the combination of model and settings.
             StartupError: the engine did not start.
         """
+        if current_platform.is_unspecified():
+            raise StartupError("vLLM sees no GPU. Give the container one (--gpus all), or use the image for CPUs.")
         set_ulimit()
         engine_args = AsyncEngineArgs.from_cli_args(args)
         propagate_flash_late_interaction(args, engine_args)
