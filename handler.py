@@ -30,6 +30,7 @@ def main() -> int:
     """Run the worker until the platform stops it, or one local job, or check its settings; return the exit code."""
     chosen = options(sys.argv[1:])
     if chosen.check:
+        os.environ.update(config.library_defaults(os.environ))
         return check.run(os.environ, chosen.json)
     try:
         said = sources.gather(os.environ)

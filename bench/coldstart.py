@@ -74,6 +74,7 @@ def _measure(condition: str, pairs: int, kept: str) -> dict[str, Any]:
     if condition != "empty caches":
         # Fills the caches.
         _worker(kept)
+        _reference(kept)
     for number in range(pairs):
         for name in ("worker", "reference") if number % 2 == 0 else ("reference", "worker"):
             with tempfile.TemporaryDirectory() as empty:

@@ -99,7 +99,10 @@ def test_every_preset_is_one_that_vllm_takes(preset: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("gpus", "heads", "said", "used"),
     [
-        pytest.param(8, 28, {}, 7, id="as many as divide the heads"),
+        pytest.param(8, 28, {}, 4, id="as many as divide heads, keys and layers"),
+        pytest.param(8, 64, {"VLLM_EXTRA_ARGS": "-tp 2"}, 2, id="said in extra arguments"),
+        pytest.param(2, 64, {"PRESET": "qwen2.5-vl-72b"}, 2, id="a preset's wish for more than there are"),
+        pytest.param(8, 64, {"PRESET": "qwen2.5-vl-72b"}, 8, id="a preset's wish"),
         pytest.param(8, 64, {}, 8, id="all"),
         pytest.param(4, 64, {"PIPELINE_PARALLEL_SIZE": "2"}, 2, id="pipelines share them"),
         pytest.param(1, 64, {}, 1, id="one"),
@@ -117,7 +120,12 @@ def test_how_many_gpus(
     used: int,
 ) -> None:
     monkeypatch.setattr(arguments, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_count=lambda: gpus))
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_attention_heads": heads}}))
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944 if heads == 28 else 1024,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes}))
     told = sources.gather({"MODEL_NAME": "org/tiny", **said})
     args = parse_arguments(told, config.load(told.values), str(tmp_path))
     assert args.tensor_parallel_size == used

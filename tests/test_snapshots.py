@@ -46,6 +46,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         pytest.param(without(SHARDED, "model.safetensors.index.json"), True, id="shards without an index"),
         pytest.param({**BASE, "pytorch_model.bin": b"x"}, True, id="pickled"),
         pytest.param({"params.json": b"{}", "tekken.json": b"{}", "x.safetensors": tensors()}, True, id="Mistral's"),
+        pytest.param(SHARDED | {"pytorch_model.bin.index.json": index("a.bin")}, True, id="an index of another format"),
         pytest.param({}, False, id="nothing"),
         pytest.param(BASE, False, id="no weights"),
         pytest.param(without(SHARDED, SHARDS[1]), False, id="a shard is missing"),
@@ -105,6 +106,12 @@ def test_a_folder_of_the_repository(tmp_path: Path) -> None:
     assert find(tmp_path, MODEL_SUBFOLDER="half") is None
     write(folder / "half", SHARDED)
     assert find(tmp_path, MODEL_SUBFOLDER="half") == folder / "half"
+
+
+def test_one_that_is_being_downloaded_is_not_complete(tmp_path: Path) -> None:
+    folder = cache(tmp_path, "models--Org--Model")
+    snapshots.marker(folder).touch()
+    assert find(tmp_path) is None
 
 
 def test_where_caches_are(tmp_path: Path) -> None:

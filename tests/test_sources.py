@@ -23,6 +23,15 @@ def test_the_environment_comes_before_the_file_and_the_file_before_the_preset(tm
     assert said.told("MAX_NUM_SEQS") == "MAX_NUM_SEQS (config.yaml)"
 
 
+def test_an_old_name_in_the_environment_comes_before_a_new_one_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("gpu-memory-utilization: 0.9\nmodel: org/m\napi-key: [a, b]\nrevision: 2024-01-01\n")
+    said = gather({"VLLM_CONFIG_FILE": str(file), "GPU_MEMORY_UTIL": "0.5", "MODEL": "somebody else's"})
+    assert (said.values["GPU_MEMORY_UTILIZATION"], said.values["MODEL_NAME"]) == ("0.5", "org/m")
+    assert config.load(said.values).worker_api_key == ("a", "b")
+    assert said.values["MODEL_REVISION"] == '"2024-01-01"'
+
+
 def test_lists_and_objects_of_a_file_are_json(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("served-model-name: [a, b]\nlimit-mm-per-prompt: {image: 2}\nseed: null\n")
@@ -54,10 +63,17 @@ def test_the_default_model_has_its_preset() -> None:
 @pytest.mark.parametrize(
     ("environ", "name"),
     [
-        ({"MODEL_NAME": "unsloth/Qwen2.5-VL-72B-Instruct-AWQ"}, "qwen2.5-vl-72b"),
+        ({"MODEL_NAME": "unsloth/Qwen2.5-VL-72B-Instruct"}, "qwen2.5-vl-72b"),
         ({"MODEL_NAME": "/models/Llama-3.1-8B-Instruct/"}, "llama-3"),
         ({"MODEL_NAME": "org/Some-Model-AWQ"}, "awq"),
         ({"MODEL_NAME": "org/other"}, None),
+        ({"MODEL_NAME": "Qwen/Qwen3-4B-Instruct-2507"}, "qwen3-instruct"),
+        ({"MODEL_NAME": "Qwen/Qwen3-Embedding-8B"}, None),
+        ({"MODEL_NAME": "Qwen/Qwen3-8B"}, "qwen3"),
+        ({"MODEL_NAME": "Qwen/Qwen2.5-VL-32B-Instruct-AWQ"}, "qwen2.5-vl-32b"),
+        ({"MODEL_NAME": "OpenGVLab/InternVL3-8B"}, "internvl3"),
+        ({"MODEL_NAME": "evil/InternVL3-8B"}, None),
+        ({"MODEL_NAME": "mistral-community/pixtral-12b"}, None),
         ({"MODEL_NAME": "org/other", "PRESET": "gpt-oss"}, "gpt-oss"),
         ({"PRESET": "none"}, None),
     ],
@@ -86,8 +102,7 @@ def test_names_of_older_workers() -> None:
     [
         ("GUIDED_DECODING_BACKEND", "outlines", {"STRUCTURED_OUTPUTS_CONFIG": '{"backend": "outlines"}'}),
         ("TASK", "embed", {"RUNNER": "pooling", "CONVERT": "embed"}),
-        ("ROPE_THETA", "1e6", {"HF_OVERRIDES": '{"rope_theta": 1000000.0}'}),
-        ("ROPE_SCALING", '{"type": "yarn"}', {"HF_OVERRIDES": '{"rope_scaling": {"type": "yarn"}}'}),
+        ("TASK", "reward", {"RUNNER": "pooling"}),
         ("SPECULATIVE_MODEL", "org/draft", {"SPEC_MODEL": "org/draft"}),
         ("LIMIT_MM_PER_PROMPT", "image=2,video=1", {"LIMIT_MM_PER_PROMPT": '{"image": 2, "video": 1}'}),
     ],
@@ -98,13 +113,13 @@ def test_settings_that_have_become_others(name: str, value: str, became: dict[st
     assert name in became or any(name in warning for warning in said.warnings)
 
 
-@pytest.mark.parametrize("name", ["SWAP_SPACE", "DEFAULT_BATCH_SIZE", "USE_V2_BLOCK_MANAGER"])
+@pytest.mark.parametrize("name", ["SWAP_SPACE", "DEFAULT_BATCH_SIZE", "ROPE_SCALING", "MAX_CONTEXT_LEN_TO_CAPTURE"])
 def test_settings_without_effect_are_named(name: str) -> None:
     assert any(warning.startswith(f"{name} has no effect") for warning in gather({name: "1"}).warnings)
 
 
 def test_what_cannot_be_translated_is_named() -> None:
-    assert "has no effect" in str(gather({"ROPE_SCALING": "no JSON"}).warnings)
+    assert "has no effect" in str(gather({"TASK": "no task"}).warnings)
 
 
 def test_near_misses_are_named_with_what_was_probably_meant() -> None:

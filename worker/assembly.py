@@ -83,9 +83,9 @@ class Worker:
             args = parse_arguments(self._sources, self.settings, str(folder))
             for warning in near_misses(self._sources):
                 log.warning(warning)
-            if not self.settings.skip_fit_check:
-                fit.check(folder, plan(args), gpu.installed())
-            for warning in preflight.warnings(cache_root(self._sources.values), plan(args).gpus):
+            if not self.settings.skip_fit_check and (planned := plan(args)) is not None:
+                fit.check(folder, planned, gpu.visible(self._sources.values))
+            for warning in preflight.warnings(cache_root(self._sources.values), args.tensor_parallel_size):
                 log.warning(warning)
         self._compiled = self._compile_cache(compiles_alike(args))
         if self._compiled is not None:

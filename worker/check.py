@@ -9,6 +9,7 @@ from typing import Any
 from worker import config, sources
 from worker.config import Settings
 from worker.errors import ConfigurationError, Json
+from worker.model.weights import local
 from worker.sources import Sources
 
 WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
@@ -25,7 +26,7 @@ def run(environ: Mapping[str, str], as_json: bool) -> int:
         settings = config.load(said.values, said.told)
         from worker.engine import arguments
 
-        args = arguments.parse_arguments(said, settings, settings.model_name)
+        args = arguments.parse_arguments(said, settings, str(local(settings, said.values) or settings.model_name))
         engine = arguments.changed(args)
         warnings = [*said.warnings, *arguments.near_misses(said)]
     except ConfigurationError as error:

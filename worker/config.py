@@ -1,5 +1,6 @@
 """What has been said becomes one frozen `Settings`; what vLLM has flags for is in `worker/flags.py`."""
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -136,6 +137,9 @@ class Settings(BaseModel):
     def _split(cls, text: Any) -> Any:
         if not isinstance(text, str):
             return text
+        if text.lstrip().startswith("["):
+            # As a list of a YAML file arrives.
+            return json.loads(text)
         if not (items := tuple(filter(None, map(str.strip, text.split(","))))):
             raise ValueError("expected one or more, separated by commas")
         return items
@@ -189,6 +193,10 @@ public address; a model that has just generated a token proves more.
 """
 
 
+OTHER_ALLOCATION = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "KV_TRANSFER_CONFIG"}
+"""What says how memory is allocated, or cannot do, as sleep mode cannot, with segments that grow."""
+
+
 def cache_root(environ: Mapping[str, str]) -> Path:
     """Return where vLLM keeps what it compiles."""
     return Path(environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
@@ -202,8 +210,8 @@ def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
         defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
     # Beside what vLLM itself compiles, so that one cache holds all of it.
     defaults["TRITON_CACHE_DIR"] = str(cache_root(environ) / "triton")
-    if BOOLEANS.get(environ.get("ENABLE_SLEEP_MODE", "").strip().lower()) is not True:
-        # Sleep mode has an allocator of its own, which knows no such segments.
+    sleeps = BOOLEANS.get(environ.get("ENABLE_SLEEP_MODE", "").strip().lower()) is True
+    if not sleeps and not OTHER_ALLOCATION & environ.keys():
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {name: value for name, value in defaults.items() if name not in environ}
 

@@ -1,6 +1,6 @@
 """The GPUs' memory and utilization, asked of NVML at every scrape; without a GPU there is nothing to tell."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -46,6 +46,15 @@ def installed() -> list[dict[str, Any]]:
         ]
     except pynvml.NVMLError:
         return []
+
+
+def visible(environ: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return those of the GPUs that a process may use, in its order; all where that is not told by numbers."""
+    every = installed()
+    named = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if not all(name.strip().isdigit() for name in named):
+        return every
+    return [every[int(name)] for name in named if int(name) < len(every)]
 
 
 def driver() -> str | None:

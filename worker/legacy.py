@@ -19,31 +19,22 @@ def _structured(value: str) -> dict[str, str]:
 
 
 def _task(value: str) -> dict[str, str]:
-    pooling = {"embed": "embed", "embedding": "embed", "classify": "classify", "score": "classify", "reward": "reward"}
+    converted = {"embed": "embed", "embedding": "embed", "classify": "classify", "score": "classify"}
     task = value.strip().lower()
-    if task in pooling:
-        return {"RUNNER": "pooling", "CONVERT": pooling[task]}
-    return {"RUNNER": "generate"} if task == "generate" else {}
-
-
-def _rope(value: str) -> dict[str, str]:
-    return {"HF_OVERRIDES": json.dumps({"rope_scaling": json.loads(value)})}
-
-
-def _theta(value: str) -> dict[str, str]:
-    return {"HF_OVERRIDES": json.dumps({"rope_theta": float(value)})}
+    if task in converted:
+        return {"RUNNER": "pooling", "CONVERT": converted[task]}
+    return {"reward": {"RUNNER": "pooling"}, "generate": {"RUNNER": "generate"}, "auto": {"RUNNER": "auto"}}.get(
+        task, {}
+    )
 
 
 TRANSLATED: Mapping[str, Translation] = MappingProxyType(
     {
         "GUIDED_DECODING_BACKEND": _structured,
         "TASK": _task,
-        "ROPE_SCALING": _rope,
-        "ROPE_THETA": _theta,
         "SPECULATIVE_MODEL": _to("SPEC_MODEL"),
         "NUM_SPECULATIVE_TOKENS": _to("SPEC_TOKENS"),
         "OPENAI_RESPONSE_ROLE": _to("RESPONSE_ROLE"),
-        "MAX_CONTEXT_LEN_TO_CAPTURE": _to("MAX_CUDAGRAPH_CAPTURE_SIZE"),
         "VLLM_ATTENTION_BACKEND": _to("ATTENTION_BACKEND"),
         "KV_CACHE_MEMORY": _to("KV_CACHE_MEMORY_BYTES"),
     }
@@ -52,6 +43,7 @@ TRANSLATED: Mapping[str, Translation] = MappingProxyType(
 
 _BATCHES = "streams are paced by STREAM_BATCH_MS now"
 _GONE = "vLLM has it no more"
+_ROPE = "HF_OVERRIDES='{\"rope_parameters\": {…}}' says it now, type and theta together"
 _SPECULATION = "put it into SPECULATIVE_CONFIG, a JSON object"
 
 WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
@@ -60,6 +52,11 @@ WITHOUT_EFFECT: Mapping[str, str] = MappingProxyType(
         "DEFAULT_MIN_BATCH_SIZE": _BATCHES,
         "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _BATCHES,
         "RAW_OPENAI_OUTPUT": "the proxy always gets what the engine sent",
+        "ROPE_SCALING": _ROPE,
+        "ROPE_THETA": _ROPE,
+        "MAX_CONTEXT_LEN_TO_CAPTURE": "MAX_CUDAGRAPH_CAPTURE_SIZE bounds the batches that are captured",
+        "DISABLE_ASYNC_OUTPUT_PROC": _GONE,
+        "ENABLE_PROMPT_ADAPTER": _GONE,
         "SWAP_SPACE": "vLLM has no swap space any more; KV_OFFLOADING_SIZE offloads the cache, CPU_OFFLOAD_GB weights",
         "DISABLE_LOG_REQUESTS": "requests are not logged unless LOG_PROMPTS=true",
         "DISABLE_LOGGING_REQUEST": "requests are not logged unless LOG_PROMPTS=true",

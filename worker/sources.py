@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ ALIASES = {
     "REVISION": "MODEL_REVISION",
     "MODEL": "MODEL_NAME",
     "VLLM_API_KEY": "WORKER_API_KEY",
+    "API_KEY": "WORKER_API_KEY",
 }
 """Names of the existing worker images, or of vLLM, and ours."""
 OLD_LIMITS = re.compile(r"\w+=\d+(,\w+=\d+)*")
@@ -74,8 +75,8 @@ def gather(environ: Mapping[str, str]) -> Sources:
     Raises:
         ConfigurationError: the file or the preset is wrong.
     """
-    values = {name: value for name, value in environ.items() if value.strip()}
-    origins = dict.fromkeys(values, ENVIRONMENT)
+    values: dict[str, str] = {}
+    origins: dict[str, str] = {}
     warnings: list[str] = []
 
     def add(more: Mapping[str, str], origin: str) -> None:
@@ -83,21 +84,39 @@ def gather(environ: Mapping[str, str]) -> Sources:
             if name not in values:
                 values[name], origins[name] = value, origin
 
-    if path := values.get("VLLM_CONFIG_FILE"):
-        add(_read(Path(path)), Path(path).name)
-    warnings += [f"{name} has no effect: {why}." for name, why in legacy.WITHOUT_EFFECT.items() if name in values]
-    for name in [name for name in values if name in legacy.TRANSLATED]:
-        add(_translated(name, values[name], warnings), name)
-    if OLD_LIMITS.fullmatch(limits := values.get("LIMIT_MM_PER_PROMPT", "")):
-        pairs = (one.split("=") for one in limits.split(","))
-        values["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})
-    for alias, name in ALIASES.items():
-        if alias in values and (origins[alias] != ENVIRONMENT or alias not in IN_FILES_ONLY):
-            add({name: values[alias]}, alias if origins[alias] == ENVIRONMENT else origins[alias])
+    said = {name: value for name, value in environ.items() if value.strip() and name not in IN_FILES_ONLY}
+    renamed = list(_renamed(said, ENVIRONMENT, warnings))
+    add(said, ENVIRONMENT)
+    for source, more in renamed:
+        add(more, source)
+    if path := said.get("VLLM_CONFIG_FILE"):
+        file = Path(path)
+        read = _read(file)
+        renamed = list(_renamed(read, file.name, warnings))
+        add(read, file.name)
+        for _, more in renamed:
+            add(more, file.name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
     if (preset := _preset(values)) is not None:
         add(preset["settings"], f"preset {preset['name']}")
     return Sources(values, origins, tuple(warnings))
+
+
+def _renamed(said: dict[str, str], origin: str, warnings: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield what one source says by names of its own, in ours, each with the name it was said by.
+
+    A source is taken as a whole, so that an old name in the environment comes before a new one in a file.
+    """
+    warnings += [f"{name} has no effect: {why}." for name, why in legacy.WITHOUT_EFFECT.items() if name in said]
+    if OLD_LIMITS.fullmatch(limits := said.get("LIMIT_MM_PER_PROMPT", "")):
+        pairs = (one.split("=") for one in limits.split(","))
+        said["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})
+    for alias, name in ALIASES.items():
+        if alias in said and name not in said:
+            yield (alias if origin == ENVIRONMENT else origin), {name: said[alias]}
+    for name in [name for name in said if name in legacy.TRANSLATED]:
+        became = _translated(name, said[name], warnings)
+        yield name, {new: value for new, value in became.items() if new not in said}
 
 
 def presets() -> list[dict[str, Any]]:
@@ -113,10 +132,8 @@ def _preset(values: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     known = presets()
     if chosen == "auto":
-        model = values["MODEL_NAME"].rstrip("/").rpartition("/")[2].lower()
-        return next(
-            (one for one in known if any(fnmatch.fnmatchcase(model, pattern) for pattern in one["models"])), None
-        )
+        name = values["MODEL_NAME"].rstrip("/").lower()
+        return next((one for one in known if any(_is_for(name, pattern) for pattern in one["models"])), None)
     for one in known:
         if one["name"] == chosen:
             return one
@@ -124,12 +141,16 @@ def _preset(values: Mapping[str, str]) -> dict[str, Any] | None:
     raise ConfigurationError(f"PRESET={chosen!r}: no such preset; expected auto, none, or one of {names}")
 
 
+def _is_for(model: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(model if "/" in pattern else model.rpartition("/")[2], pattern)
+
+
 def _read(path: Path) -> dict[str, str]:
     try:
         read = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigurationError(f"VLLM_CONFIG_FILE={str(path)!r}: {error.strerror}; expected a YAML file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise ConfigurationError(f"VLLM_CONFIG_FILE={str(path)!r}: no valid YAML{where}") from None
@@ -143,7 +164,7 @@ def _read(path: Path) -> dict[str, str]:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _translated(name: str, value: str, warnings: list[str]) -> dict[str, str]:

@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable
 from contextlib import aclosing
 
@@ -83,8 +82,9 @@ class Engine:
         except REFUSALS as error:
             raise ConfigurationError(sentence(error)) from error
         _fork_the_engine(method)
+        ended = threading.Event()
         if vllm_config.parallel_config.data_parallel_size == 1:
-            threading.Thread(target=_after_the_fork, args=(meanwhile,), daemon=True).start()
+            threading.Thread(target=_after_the_fork, args=(meanwhile, ended), daemon=True).start()
         try:
             client = Client.from_vllm_config(
                 vllm_config,
@@ -95,6 +95,8 @@ class Engine:
             )
         except REFUSALS as error:
             raise StartupError(f"The engine did not start: {sentence(error)}") from error
+        finally:
+            ended.set()
         guard = media.guard(settings, args.allowed_media_domains)
         media.install(guard)
         return cls(client, args, guard)
@@ -205,10 +207,11 @@ def _fork_the_engine(method: str | None) -> None:
         os.register_at_fork(after_in_child=lambda: os.environ.update({START_METHOD: "spawn"}))
 
 
-def _after_the_fork(work: Callable[[], object]) -> None:
+def _after_the_fork(work: Callable[[], object], ended: threading.Event) -> None:
     """Work once the engine's process is there: a module that is being imported during a fork would be so for ever."""
     while not multiprocessing.active_children():
-        time.sleep(CHILD_CHECK_SECONDS)
+        if ended.wait(CHILD_CHECK_SECONDS):
+            return
     work()
 
 

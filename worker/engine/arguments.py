@@ -54,7 +54,7 @@ def parse_arguments(said: Sources, settings: config.Settings, model: str) -> arg
     """
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
     values = dict(said.values)
-    chooses_gpus = values.get("TENSOR_PARALLEL_SIZE", AUTO).strip().lower() == AUTO
+    chooses_gpus = _chooses_gpus(said)
     if chooses_gpus:
         values.pop("TENSOR_PARALLEL_SIZE", None)
     arguments = flags.arguments(values, parser, SERVER_FLAGS, said.told)
@@ -69,7 +69,7 @@ def parse_arguments(said: Sources, settings: config.Settings, model: str) -> arg
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
     except (argparse.ArgumentError, *REFUSALS) as error:
-        raise ConfigurationError(sentence(error)) from error
+        raise ConfigurationError(_without_values(sentence(error))) from error
     if (args.enable_log_requests or args.enable_log_outputs) and not settings.log_prompts:
         raise ConfigurationError(
             "ENABLE_LOG_REQUESTS and ENABLE_LOG_OUTPUTS write what users say to the log. "
@@ -78,7 +78,7 @@ def parse_arguments(said: Sources, settings: config.Settings, model: str) -> arg
     _limit_media(args, settings)
     if chooses_gpus:
         args.tensor_parallel_size = _gpus_for(args)
-    if args.tensor_parallel_size > 1 and "MM_ENCODER_TP_MODE" not in values:
+    if args.tensor_parallel_size > 1 and not _is_said(said, "MM_ENCODER_TP_MODE"):
         args.mm_encoder_tp_mode = "data"
     args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
@@ -101,24 +101,54 @@ def near_misses(said: Sources) -> list[str]:
     return sources.near_misses(said, {*map(str.upper, config.Settings.model_fields), *flags_of_vllm})
 
 
+def _chooses_gpus(said: Sources) -> bool:
+    """Tell whether the worker is to choose; what a preset says is a wish, for as many GPUs as there are."""
+    if not _is_said(said, "TENSOR_PARALLEL_SIZE", "-tp"):
+        return True
+    number = said.values.get("TENSOR_PARALLEL_SIZE", "").strip().lower()
+    wished = said.origins.get("TENSOR_PARALLEL_SIZE", "").startswith("preset") and number.isdigit()
+    return number == AUTO or (wished and int(number) > _visible_gpus())
+
+
+def _is_said(said: Sources, variable: str, *short: str) -> bool:
+    """Tell whether somebody says a flag, as a variable or in VLLM_EXTRA_ARGS."""
+    flag = f"--{variable.lower().replace('_', '-')}"
+    words = (word.partition("=")[0] for word in said.values.get("VLLM_EXTRA_ARGS", "").split())
+    return variable in said.values or not {flag, flag.replace("-", "_").replace("__", "--", 1), *short}.isdisjoint(
+        words
+    )
+
+
+def _visible_gpus() -> int:
+    return 1 if current_platform.is_cpu() else current_platform.device_count()
+
+
 def _gpus_for(args: argparse.Namespace) -> int:
-    """Return how many of the visible GPUs the model's attention heads can be divided among."""
-    visible = 1 if current_platform.is_cpu() else current_platform.device_count()
-    gpus = visible // (args.pipeline_parallel_size * args.data_parallel_size)
-    heads = _attention_heads(Path(args.model) / "config.json")
-    if gpus > 1 and heads is None:
+    """Return how many of the visible GPUs the model's heads and layers can be divided among."""
+    gpus = _visible_gpus() // (args.pipeline_parallel_size * args.data_parallel_size)
+    sizes = _sizes(Path(args.model))
+    if gpus > 1 and sizes is None:
         log.warning("TENSOR_PARALLEL_SIZE: how many heads the model has is unknown, so one of %d GPUs is used", gpus)
-    return max((count for count in range(1, gpus + 1) if (heads or 1) % count == 0), default=1)
+    heads, key_heads, width = sizes or (1, 1, 1)
+    fitting = (
+        count
+        for count in range(1, gpus + 1)
+        if heads % count == 0 and (key_heads % count == 0 or count % key_heads == 0) and width % count == 0
+    )
+    return max(fitting, default=1)
 
 
-def _attention_heads(file: Path) -> int | None:
-    try:
-        config: Json = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    for part in (config, *(config.get(name) or {} for name in ("text_config", "llm_config", "language_config"))):
-        if isinstance(heads := part.get("num_attention_heads"), int):
-            return heads
+def _sizes(folder: Path) -> tuple[int, int, int] | None:
+    """Return a model's attention heads, its heads of keys and values, and the width of its layers."""
+    for name in ("config.json", "params.json"):
+        try:
+            config: Json = json.loads((folder / name).read_text())
+        except (OSError, ValueError):
+            continue
+        for part in (config, *(config.get(one) or {} for one in ("text_config", "llm_config", "language_config"))):
+            if isinstance(heads := part.get("num_attention_heads", part.get("n_heads")), int):
+                key_heads = part.get("num_key_value_heads") or part.get("n_kv_heads") or heads
+                return heads, key_heads, part.get("intermediate_size") or part.get("hidden_dim") or heads
     return None
 
 
@@ -129,15 +159,20 @@ def compiles_alike(args: argparse.Namespace) -> Json:
     return {**versions, "model": args.model, "arguments": names}
 
 
-def plan(args: argparse.Namespace) -> Plan:
-    """Return what the arguments say of how much memory the model takes of its GPUs."""
+def plan(args: argparse.Namespace) -> Plan | None:
+    """Return what the arguments say of how much memory the model takes of its GPUs.
+
+    None where the files do not tell: they are quantized while they are loaded, kept elsewhere, or not read at all.
+    """
+    if args.quantization is not None or args.cpu_offload_gb or args.load_format == "dummy":
+        return None
     return Plan(
         gpus=args.tensor_parallel_size * args.pipeline_parallel_size,
         utilization=args.gpu_memory_utilization,
-        max_model_len=args.max_model_len if isinstance(args.max_model_len, int) and args.max_model_len > 0 else None,
+        # As long as there is room for, where vLLM is to find that out.
+        max_model_len=0 if args.max_model_len == -1 else args.max_model_len,
         dtype=str(args.dtype),
         cache_dtype=str(args.kv_cache_dtype),
-        quantized=args.quantization is not None,
     )
 
 
@@ -162,6 +197,13 @@ def changed(args: argparse.Namespace) -> Json:
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
+
+
+def _without_values(message: str) -> str:
+    """Return a message about unknown flags without what was given to them, which may be a key."""
+    before, unknown, words = message.partition("unrecognized arguments: ")
+    flags_only = " ".join(word.partition("=")[0] for word in words.split() if word.startswith("-"))
+    return before + unknown + (flags_only or "…" if unknown else "")
 
 
 def sentence(error: Exception) -> str:

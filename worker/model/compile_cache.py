@@ -44,7 +44,10 @@ class CompileCache:
         try:
             self._local.mkdir(parents=True, exist_ok=True)
             # Elsewhere first: of an archive that is cut off nothing is used.
-            with tempfile.TemporaryDirectory(dir=self._local.parent) as folder, tarfile.open(self._archive) as archive:
+            with (
+                tempfile.TemporaryDirectory(dir=self._local.parent) as folder,
+                tarfile.open(self._archive, "r:") as archive,
+            ):
                 archive.extractall(folder, filter="data")
                 _move(Path(folder), self._local)
             # So that the least recently used is evicted first.
@@ -52,7 +55,7 @@ class CompileCache:
             found = True
         except FileNotFoundError:
             found = False
-        except (OSError, tarfile.TarError, EOFError) as error:
+        except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             log.warning("The compile cache cannot be used (%s); vLLM compiles anew", type(error).__name__)
             found = False
         self._before = self._names()

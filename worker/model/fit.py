@@ -23,10 +23,9 @@ class Plan:
     utilization: float
     """The share of a GPU's memory that may be used."""
     max_model_len: int | None
-    """None: as long as the model can."""
+    """None: as long as the model can; 0: as long as there is room for."""
     dtype: str
     cache_dtype: str
-    quantized: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +59,7 @@ def check(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> Esti
         remedy = f"MAX_MODEL_LEN={length}" if length >= 256 else "a much smaller MAX_MODEL_LEN"
         remedy += ", more GPUs (TENSOR_PARALLEL_SIZE), or a larger GPU_MEMORY_UTILIZATION"
     else:
-        smaller = "" if plan.quantized else "a quantized variant (AWQ, FP8), "
-        remedy = f"{smaller}more GPUs (TENSOR_PARALLEL_SIZE), or larger ones"
+        remedy = "a quantized variant (AWQ, FP8), more GPUs (TENSOR_PARALLEL_SIZE), or larger ones"
     raise ConfigurationError(
         f"The model does not fit, by estimate: each of {plan.gpus} GPUs needs {_gb(estimate.weights)} for weights, "
         f"{_gb(estimate.cache)} for the cache of one sequence of {estimate.length} tokens and {_gb(OVERHEAD_BYTES)} "
@@ -73,8 +71,10 @@ def _estimate(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> 
     gpus = list(memory)[: plan.gpus]
     try:
         config = json.loads((folder / "config.json").read_text())
-        weights = sum(file.stat().st_size for file in _weights(folder))
-        length = plan.max_model_len or _text(config)["max_position_embeddings"]
+        weights = sum(file.stat().st_size for file in weight_files(folder))
+        if _is_halved(config, plan):
+            weights //= 2
+        length = _text(config)["max_position_embeddings"] if plan.max_model_len is None else plan.max_model_len
         per_token = _cache_per_token(_text(config), plan)
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -84,7 +84,13 @@ def _estimate(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> 
     return Estimate(weights / plan.gpus, length * per_token / plan.gpus, free, length)
 
 
-def _weights(folder: Path) -> list[Path]:
+def _is_halved(config: dict[str, Any], plan: Plan) -> bool:
+    """Tell whether what the files hold in 32 bits is loaded in 16."""
+    stored = config.get("dtype") or config.get("torch_dtype") or _text(config).get("torch_dtype")
+    return stored == "float32" and plan.dtype not in DTYPE_BYTES
+
+
+def weight_files(folder: Path) -> list[Path]:
     """Return the files that vLLM would load: one format, and of Mistral's two copies one."""
     found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     named = [file for file in found if not file.name.startswith("consolidated")]
@@ -105,8 +111,8 @@ def _cache_per_token(text: dict[str, Any], plan: Plan) -> float:
         return float(layers * (rank + text.get("qk_rope_head_dim", 0)) * size)
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
-    window = text.get("sliding_window") if text.get("layer_types") else None
-    full = sum("full" in kind for kind in text["layer_types"]) if window else layers
+    # Layers with a window, or with a state instead of a cache, take little.
+    full = sum("full" in kind for kind in text["layer_types"]) if text.get("layer_types") else layers
     return float(2 * full * (text.get("num_key_value_heads") or heads) * head * size)
 
 

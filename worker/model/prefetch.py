@@ -4,6 +4,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from worker.model.fit import weight_files
+
 CHUNK_BYTES = 16 << 20
 THREADS = 4
 SHARE = 0.6
@@ -15,7 +17,7 @@ def main(folder: Path) -> None:
     """Read the weights, as far as there is memory for them."""
     budget = int(SHARE * free_memory())
     files = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         budget -= file.stat().st_size
         if budget < 0:
             break

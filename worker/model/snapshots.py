@@ -16,6 +16,8 @@ HUB_FOLDER = Path("huggingface-cache/hub")
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _HEADER_BYTES = 100_000_000
+FORMATS = (".safetensors", ".bin", ".pt", ".gguf")
+"""Of weights; vLLM loads the first that is there."""
 TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "spiece.model", "*.tiktoken")
 """One of these goes with every model."""
 
@@ -43,9 +45,18 @@ def find(settings: Settings, roots: Iterable[Path]) -> Path | None:
     for root in roots:
         for repository in _repositories(root, settings.model_name):
             snapshot = _snapshot(repository, settings.model_revision)
-            if snapshot is not None and is_complete(_within(snapshot, settings.model_subfolder)):
+            if (
+                snapshot is not None
+                and not marker(snapshot).exists()
+                and is_complete(_within(snapshot, settings.model_subfolder))
+            ):
                 return _within(snapshot, settings.model_subfolder)
     return None
+
+
+def marker(snapshot: Path) -> Path:
+    """Return the file that is there while a snapshot is being downloaded, and for as long as it has not been."""
+    return snapshot.parent.parent / f"incomplete-{snapshot.name}"
 
 
 def _within(snapshot: Path, subfolder: str | None) -> Path:
@@ -87,9 +98,12 @@ def is_complete(folder: Path) -> bool:
         names = {path.name for path in folder.iterdir() if path.is_file()}
         if not {"config.json", "params.json"} & names or not any(any(folder.glob(name)) for name in TOKENIZERS):
             return False
-        named = _named_in_indexes(folder, names)
-        weights = {name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".gguf"))} | named
-        return bool(weights) and named <= names and all(_is_whole(folder / name, names) for name in weights)
+        suffix = next((one for one in FORMATS if any(name.endswith(one) for name in names)), None)
+        if suffix is None:
+            return False
+        named = {file for file in _named_in_indexes(folder, names) if file.endswith(suffix)}
+        weights = named or {name for name in names if name.endswith(suffix)}
+        return named <= names and all(_is_whole(folder / name, names, numbered=not named) for name in weights)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         # Whatever else is in a foreign file.
         return False
@@ -100,9 +114,9 @@ def _named_in_indexes(folder: Path, names: Iterable[str]) -> set[str]:
     return {file for index in indexes for file in index.get("weight_map", {}).values()}
 
 
-def _is_whole(file: Path, names: set[str]) -> bool:
-    """Tell whether a file has its size, and the others of its set are there."""
-    if shard := _SHARD.search(file.name):
+def _is_whole(file: Path, names: set[str], numbered: bool) -> bool:
+    """Tell whether a file has its size and, of a set told by numbers, the others are there."""
+    if numbered and (shard := _SHARD.search(file.name)):
         others = (f"{file.name[: shard.start()]}-{number:05}-of-{shard[2]}." for number in range(1, int(shard[2]) + 1))
         if not all(any(name.startswith(other) for name in names) for other in others):
             return False

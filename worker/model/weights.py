@@ -3,6 +3,8 @@
 Downloading is done by a process of its own (`python -m worker.model.weights`), which starts before vLLM is imported.
 """
 
+import errno
+import fnmatch
 import json
 import logging
 import os
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "original/*", "*.md", ".gitattributes"]
 """Files of a repository that vLLM never loads where there are safetensors."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 TRIES = 3
 PROGRESS_SECONDS = 1.0
 SPARE_BYTES = 1 << 30
@@ -135,23 +138,32 @@ def download(settings: Settings, environ: Mapping[str, str]) -> Path:
         revision=settings.model_revision,
         token=settings.hf_token,
         cache_dir=snapshots.download_folder(settings, environ),
-        ignore_patterns=NOT_NEEDED,
         allow_patterns=[f"{settings.model_subfolder}/*"] if settings.model_subfolder else None,
     )
     backoff = Backoff(first=1.0, most=10.0)
     for last in (*[False] * (TRIES - 1), True):
         try:
-            files: Any = fetch(dry_run=True)
-            missing = sum(file.file_size for file in files if file.will_download)
-            cache = Path(files[0].local_path).parents[2] if files else Path.cwd()
-            log.info("Downloading %s, %.1f GB, from the Hugging Face Hub into %s", name, missing / 1e9, cache)
-            _check_disk(cache, missing)
-            with _progress(cache, missing):
-                return Path(fetch()) / (settings.model_subfolder or "")
+            files: Any = fetch(dry_run=True, ignore_patterns=NOT_NEEDED)
+            ignored = _not_needed({file.filename for file in files})
+            missing = sum(
+                file.file_size for file in files if file.will_download and not _is_any(file.filename, ignored)
+            )
+            snapshot = _snapshot_of(files)
+            log.info("Downloading %s, %.1f GB, from the Hugging Face Hub into %s", name, missing / 1e9, snapshot)
+            _check_disk(snapshot, missing)
+            marker = snapshots.marker(snapshot)
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            with _progress(snapshot.parent.parent, missing):
+                folder = Path(fetch(ignore_patterns=ignored)) / (settings.model_subfolder or "")
+            marker.unlink(missing_ok=True)
+            return folder
         except (HFValidationError, DryRunError, OSError, httpx2.HTTPError) as error:
             cause = error.__cause__ if isinstance(error, DryRunError) and error.__cause__ else error
             if isinstance(cause, (HFValidationError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)):
                 raise ConfigurationError(_explained(cause, settings)) from None
+            if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+                raise StartupError(f"{name} cannot be downloaded: {cause.strerror}: {cause.filename}") from error
             if last:
                 raise StartupError(
                     f"MODEL_NAME={name!r} is in no local cache and could not be fetched from the Hugging Face Hub: "
@@ -160,6 +172,28 @@ def download(settings: Settings, environ: Mapping[str, str]) -> Path:
             log.warning("Downloading failed (%s); trying again", type(cause).__name__)
             time.sleep(backoff.next())
     raise AssertionError("unreachable")
+
+
+def _not_needed(names: set[str]) -> list[str]:
+    """Return patterns of what is not to be downloaded: of weights in several formats, vLLM loads one."""
+    ignored = list(NOT_NEEDED)
+    if any(name.endswith(".safetensors") for name in names):
+        ignored += ["*.bin", "*.pt", "*.pth"]
+    if any(fnmatch.fnmatchcase(name, "model*.safetensors") for name in names):
+        ignored.append("consolidated*")
+    return ignored
+
+
+def _is_any(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _snapshot_of(files: Any) -> Path:
+    """Return the folder of a snapshot, of which a file's path is known."""
+    if not files:
+        raise ConfigurationError("MODEL_NAME or MODEL_SUBFOLDER: there is nothing to download.")
+    path, name = Path(files[0].local_path), Path(files[0].filename)
+    return path.parents[len(name.parts) - 1]
 
 
 def _explained(error: BaseException, settings: Settings) -> str:
