@@ -20,8 +20,9 @@ from typing import Any
 import matplotlib as mpl
 import requests
 
-from bench.servers import free_port, vllm_flags
+from bench.servers import vllm_flags
 from tests import tiny
+from tests.ports import free_port
 from tests.standin import StandinServer, worker_environment
 from tests.tiny import MODEL, ROOT
 

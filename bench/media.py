@@ -26,8 +26,8 @@ from PIL import Image
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from bench.servers import free_port
 from tests import media
+from tests.ports import free_port
 from tests.tiny import ROOT
 from worker import config
 from worker.engine import media as guarding

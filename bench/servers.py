@@ -1,7 +1,6 @@
 """The servers that are compared, each with an engine of its own and the same model and settings."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import psutil
 import requests
 
 from tests import tiny
+from tests.ports import free_port
 from tests.tiny import ROOT
 
 MODEL_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker")
@@ -131,9 +131,3 @@ def _wait(process: psutil.Popen, url: str, log: Path) -> None:
             pass
         time.sleep(1)
     raise RuntimeError(f"it was not ready after {START_SECONDS} s:\n{log.read_text()[-3000:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -1,7 +1,6 @@
 """Workers with the real engine, for the whole session: one behind a stand-in for RunPod's platform, one over HTTP."""
 
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import pytest
 from tests import tiny
 from tests.collector import Collector
 from tests.links import Server
+from tests.ports import free_port
 from tests.standin import StandinServer, WorkerProcess, worker_environment
 
 START_SECONDS = 180
@@ -139,9 +139,3 @@ def _ping_until_ready(served: HttpWorker) -> None:
             code = served.worker.wait(timeout=0)
             pytest.fail(f"The worker ended with {code} before it was ready:\n{served.log.read_text()[-4000:]}")
     pytest.fail(f"The worker was not ready after {START_SECONDS} s:\n{served.log.read_text()[-4000:]}")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

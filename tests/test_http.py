@@ -14,8 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import media, tiny
-from tests.conftest import API_KEY, HttpWorker, free_port
+from tests.conftest import API_KEY, HttpWorker
 from tests.media import image_url
+from tests.ports import free_port
 from tests.standin import WorkerProcess
 
 MODEL = "tiny"

@@ -15,8 +15,9 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import API_KEY, HttpWorker, free_port
+from tests.conftest import API_KEY, HttpWorker
 from tests.media import image_url
+from tests.ports import free_port
 from tests.tiny import ROOT
 from worker.gpu import GpuCollector
 

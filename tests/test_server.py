@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tests.conftest import free_port
+from tests.ports import free_port
 from worker.asgi import App, Receive, Send
 from worker.config import Settings
 from worker.errors import ConfigurationError

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ class Worker:
                 fit.check(folder, planned, gpu.visible(self._sources.values))
             for warning in preflight.warnings(cache_root(self._sources.values), args.tensor_parallel_size):
                 log.warning(warning)
-        self._compiled = self._compile_cache(compiles_alike(args))
+        self._compiled = self._compile_cache(partial(compiles_alike, args))
         if self._compiled is not None:
             with self.ledger.phase("compile cache"):
                 self._restored = self._compiled.restore()
@@ -95,11 +96,11 @@ class Worker:
             self._engine = Engine.load(args, self.settings, meanwhile)
         gpu.register(self.telemetry.registry)
 
-    def _compile_cache(self, about: Json) -> CompileCache | None:
+    def _compile_cache(self, about: Callable[[], Json]) -> CompileCache | None:
         volume = Path(self.settings.base_path)
         if self.settings.compile_cache == "off" or not volume.is_dir() or not (gpus := gpu.installed()):
             return None
-        key = key_of({**about, "gpus": [one["name"] for one in gpus], "driver": gpu.driver()})
+        key = key_of({**about(), "gpus": [one["name"] for one in gpus], "driver": gpu.driver()})
         local = cache_root(self._sources.values)
         return CompileCache(volume / "vllm-compile-cache", key, local, int(self.settings.compile_cache_gb * 1e9))
 

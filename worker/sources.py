@@ -84,25 +84,22 @@ def gather(environ: Mapping[str, str]) -> Sources:
             if name not in values:
                 values[name], origins[name] = value, origin
 
-    said = {name: value for name, value in environ.items() if value.strip() and name not in IN_FILES_ONLY}
-    renamed = list(_renamed(said, ENVIRONMENT, warnings))
-    add(said, ENVIRONMENT)
-    for source, more in renamed:
-        add(more, source)
-    if path := said.get("VLLM_CONFIG_FILE"):
-        file = Path(path)
-        read = _read(file)
-        renamed = list(_renamed(read, file.name, warnings))
-        add(read, file.name)
-        for _, more in renamed:
-            add(more, file.name)
+    def take(said: dict[str, str], origin: str) -> None:
+        renamed = list(_renamed(said, warnings))
+        add(said, origin)
+        for name, more in renamed:
+            add(more, name if origin == ENVIRONMENT else origin)
+
+    take({name: value for name, value in environ.items() if value.strip() and name not in IN_FILES_ONLY}, ENVIRONMENT)
+    if path := values.get("VLLM_CONFIG_FILE"):
+        take(_read(Path(path)), Path(path).name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
     if (preset := _preset(values)) is not None:
         add(preset["settings"], f"preset {preset['name']}")
     return Sources(values, origins, tuple(warnings))
 
 
-def _renamed(said: dict[str, str], origin: str, warnings: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _renamed(said: dict[str, str], warnings: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield what one source says by names of its own, in ours, each with the name it was said by.
 
     A source is taken as a whole, so that an old name in the environment comes before a new one in a file.
@@ -113,7 +110,7 @@ def _renamed(said: dict[str, str], origin: str, warnings: list[str]) -> Iterator
         said["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})
     for alias, name in ALIASES.items():
         if alias in said and name not in said:
-            yield (alias if origin == ENVIRONMENT else origin), {name: said[alias]}
+            yield alias, {name: said[alias]}
     for name in [name for name in said if name in legacy.TRANSLATED]:
         became = _translated(name, said[name], warnings)
         yield name, {new: value for new, value in became.items() if new not in said}

@@ -24,7 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import config, flags, sources
 from worker.errors import ConfigurationError, Json
-from worker.model.fit import Plan
+from worker.model.fit import Plan, language_parts
 from worker.sources import Sources
 
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
@@ -145,7 +145,7 @@ def _sizes(folder: Path) -> tuple[int, int, int] | None:
             config: Json = json.loads((folder / name).read_text())
         except (OSError, ValueError):
             continue
-        for part in (config, *(config.get(one) or {} for one in ("text_config", "llm_config", "language_config"))):
+        for part in (config, *language_parts(config)):
             if isinstance(heads := part.get("num_attention_heads", part.get("n_heads")), int):
                 key_heads = part.get("num_key_value_heads") or part.get("n_kv_heads") or heads
                 return heads, key_heads, part.get("intermediate_size") or part.get("hidden_dim") or heads

@@ -226,9 +226,6 @@ def guard(settings: Settings, domains: Iterable[str] | None) -> Guard:
 def install(guard: Guard) -> None:
     """Have vLLM load media through `guard`."""
 
-    class Guarded(Connector):
-        pass
-
     def open_video_capture(data: bytes) -> Capture:
         capture = guard.decoders.capture()
         # So that who waits for it can abort it, even while it is being opened.
@@ -238,8 +235,8 @@ def install(guard: Guard) -> None:
         capture.open(data)
         return capture
 
-    Guarded.guard, Guarded._fetching = guard, {}
-    MEDIA_CONNECTOR_REGISTRY.register(NAME)(Guarded)
+    Connector.guard, Connector._fetching = guard, {}
+    MEDIA_CONNECTOR_REGISTRY.register(NAME)(Connector)
     os.environ["VLLM_MEDIA_CONNECTOR"] = NAME
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(int(guard.limits.image_pixels.value))
     os.environ["VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"] = str(-(-guard.limits.bytes["audio"].value // (1 << 20)))

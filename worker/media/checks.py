@@ -16,7 +16,7 @@ from PIL import Image
 
 from worker.config import Settings
 from worker.errors import MediaError, MediaTooLargeError, RefusedLinkError
-from worker.media.formats import leads_elsewhere, media_type
+from worker.media.formats import fits, leads_elsewhere, media_type
 
 Kind = Literal["image", "video", "audio"]
 
@@ -110,14 +110,8 @@ def check_kind(data: bytes, kind: Kind) -> None:
         raise MediaError(f"its bytes are those of no known {kind} format; accepted are {FORMATS[kind]}")
     if found == "image/heic":
         raise MediaError(f"HEIC images cannot be decoded; accepted are {FORMATS['image']}")
-    if not _fits(found, kind):
+    if not fits(found, kind):
         raise MediaError(f"its bytes are {found}, which is no {kind}; accepted are {FORMATS[kind]}")
-
-
-def _fits(found: str, kind: Kind) -> bool:
-    if kind == "audio":
-        return found.startswith(("audio/", "video/"))
-    return found.startswith(kind) or (kind == "video" and found == "image/gif")
 
 
 def check_image(data: bytes, limits: Limits) -> int:

@@ -53,6 +53,13 @@ def media_type(data: bytes) -> str | None:
     return next((name for pattern, name in _COMPILED if pattern.match(data)), None)
 
 
+def fits(found: str, kind: str) -> bool:
+    """Tell whether a media type is one of an "image", a "video" or an "audio"; a GIF may be either of the first two."""
+    if kind == "audio":
+        return found.startswith(("audio/", "video/"))
+    return found.startswith(kind) or found == "image/gif"
+
+
 def leads_elsewhere(data: bytes) -> bool:
     """Tell whether a decoder might take a video or a sound for a list of other files or addresses."""
     return _LEADS_ELSEWHERE.search(data[:_PROBED_BYTES]) is not None

@@ -3,7 +3,7 @@
 import base64
 import re
 
-from worker.media.formats import HEAD_BYTES, media_type
+from worker.media.formats import HEAD_BYTES, fits, media_type
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -25,7 +25,7 @@ def from_text(text: str, kind: str) -> str:
             f"is neither a URL (https:, http:, data:) nor the base64 of a {kind} file: "
             "its first bytes are those of no known format."
         )
-    if not found.startswith(kind) and found != "image/gif":
+    if not fits(found, kind):
         raise ValueError(f"holds {found}, which is no {kind}.")
     return f"data:{found};base64,{encoded}"
 

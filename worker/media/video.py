@@ -6,7 +6,6 @@ import os
 import queue
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from worker import program
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media.checks import Limits, check_frames, check_pixels
 
@@ -42,9 +42,10 @@ class _Process:
         descriptors = (theirs.fileno(), memory)
         with theirs, os.fdopen(memory):
             # Without the worker's environment, which holds its keys.
-            self._process = subprocess.Popen(  # noqa: S603 - its own program
-                [sys.executable, "-m", "worker.media.decoder", *map(str, descriptors)],
-                env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENCV_LOG_LEVEL": "OFF"},
+            self._process = program.start(
+                "worker.media.decoder",
+                *map(str, descriptors),
+                environ={"OPENCV_LOG_LEVEL": "OFF"},
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -146,10 +147,6 @@ class Capture:
             raise MediaError("its container does not tell how long it is; remux it")
         if frames / rate > longest.value:
             raise MediaTooLargeError(f"it is {frames / rate:.0f} s long, which is more than {longest} allows")
-
-    def isOpened(self) -> bool:  # noqa: N802 - OpenCV's name
-        """Tell whether it can be read."""
-        return self._process is not None
 
     def get(self, prop: int) -> float:
         """Return a property."""

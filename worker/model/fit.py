@@ -99,8 +99,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that is about the language model."""
+    return next((part for part in language_parts(config) if "num_hidden_layers" in part), config)
+
+
+def language_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a configuration holds within itself about a language model."""
     parts = (config.get(name) for name in ("text_config", "llm_config", "language_config"))
-    return next((part for part in parts if isinstance(part, dict) and "num_hidden_layers" in part), config)
+    return [part for part in parts if isinstance(part, dict)]
 
 
 def _cache_per_token(text: dict[str, Any], plan: Plan) -> float:

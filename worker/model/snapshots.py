@@ -10,9 +10,8 @@ from worker.config import Settings
 
 BAKED = Path("/models")
 """Where the image's build puts a model."""
-VOLUME = Path("/runpod-volume")
-"""Where RunPod mounts a network volume, and its cache of models."""
 HUB_FOLDER = Path("huggingface-cache/hub")
+"""RunPod's cache of models on a network volume."""
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _HEADER_BYTES = 100_000_000
@@ -45,12 +44,10 @@ def find(settings: Settings, roots: Iterable[Path]) -> Path | None:
     for root in roots:
         for repository in _repositories(root, settings.model_name):
             snapshot = _snapshot(repository, settings.model_revision)
-            if (
-                snapshot is not None
-                and not marker(snapshot).exists()
-                and is_complete(_within(snapshot, settings.model_subfolder))
-            ):
-                return _within(snapshot, settings.model_subfolder)
+            if snapshot is None or marker(snapshot).exists():
+                continue
+            if is_complete(folder := _within(snapshot, settings.model_subfolder)):
+                return folder
     return None
 
 

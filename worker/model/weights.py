@@ -8,7 +8,6 @@ import fnmatch
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,11 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from worker import config, sources
+from worker import config, program, sources
 from worker.backoff import Backoff
 from worker.config import Settings
 from worker.errors import ConfigurationError, StartupError
 from worker.model import snapshots
+from worker.model.preflight import free_disk
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,7 @@ class Weights:
             module, arguments = "worker.model.weights", []
         else:
             module, arguments = "worker.model.prefetch", [str(self._folder)]
-        self._process = subprocess.Popen(  # noqa: S603 - our own programs
-            [sys.executable, "-m", module, *arguments],
-            env={**environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = program.start(module, *arguments, environ=environ, stdout=subprocess.PIPE, text=True)
 
     @property
     def are_local(self) -> bool:
@@ -221,8 +216,7 @@ def _check_disk(cache: Path, missing: int) -> None:
     Raises:
         StartupError: there is too little.
     """
-    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
+    existing, free = free_disk(cache)
     if missing + SPARE_BYTES > free:
         raise StartupError(
             f"{missing / 1e9:.1f} GB are to be downloaded, and the disk of {existing} has {free / 1e9:.1f} GB free. "
