@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from worker import config, sources
 from worker.errors import StartupError
-from worker.model import snapshots, weights
+from worker.model import repositories, snapshots, weights
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 
@@ -26,14 +26,14 @@ def main(folder: Path = snapshots.BAKED) -> int:
         said["HF_TOKEN"] = SECRET.read_text().strip()
     try:
         settings = config.load(said)
-        snapshot = weights.download(settings, said)
+        for wanted in repositories.wanted(settings, said):
+            snapshot = weights.download(wanted, settings, said)
+            if snapshots.find(wanted, [folder]) is None:
+                raise StartupError(f"{wanted.written}: what was downloaded is not complete")
+            sys.stdout.write(f"{wanted.written} is in {snapshot}\n")
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    if snapshots.find(settings, [folder]) is None:
-        sys.stderr.write(f"{settings.model_name}: what was downloaded is not complete\n")
-        return 1
-    sys.stdout.write(f"{settings.model_name} is in {snapshot}\n")
     return 0
 
 

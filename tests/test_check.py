@@ -52,17 +52,30 @@ def test_a_misspelt_name_is_told(told: dict[str, Any]) -> None:
 def test_mistakes_are_told_all_at_once() -> None:
     code, text = check(MAX_MODEL_LEN="long", DTYPE="bf17")
     assert (code, len(text.splitlines())) == (2, 2)
-    code, text = check("--json", MAX_CONCURRENCY="0", PORT="x")
-    assert (code, len(json.loads(text)["mistakes"])) == (2, 2)
+    code, text = check("--json", MAX_CONCURRENCY="0", PORT="x", DTYPE="bf17")
+    assert (code, [line.split("=")[0] for line in json.loads(text)["mistakes"]]) == (
+        2,
+        ["MAX_CONCURRENCY", "PORT", "DTYPE"],
+    )
 
 
-def test_what_needs_no_vllm_does_not_import_it(tmp_path: Path) -> None:
-    """A mistake in the worker's own settings, or in the file, is told without it."""
+def test_what_needs_no_vllm_is_told_before_it_is_imported(tmp_path: Path) -> None:
+    """A mistake in the worker's own settings, or in the file."""
     file = tmp_path / "config.yaml"
     file.write_text("[")
-    program = "import sys; from worker import check; check.run({'%s': '%s'}, False); print('vllm' in sys.modules)"
-    for name, value in (("PORT", "x"), ("VLLM_CONFIG_FILE", str(file)), ("PRESET", "nope")):
+    program = (
+        "import sys; sys.meta_path.insert(0, type('', (), {'find_spec': lambda name, *_: sys.exit(7) if name == 'vllm' "
+        "else None})); from worker import check; check.run({'%s': '%s'}, False)"
+    )
+    for name, value, code in (("PORT", "x", 7), ("VLLM_CONFIG_FILE", str(file), 0), ("PRESET", "nope", 0)):
         done = subprocess.run(
-            [sys.executable, "-c", program % (name, value)], cwd=ROOT, capture_output=True, text=True, check=True
+            [sys.executable, "-c", program % (name, value)], cwd=ROOT, capture_output=True, text=True, check=False
         )
-        assert done.stdout.splitlines()[-1] == "False"
+        assert (done.returncode, done.stdout.split("=")[0]) == (code, name)
+
+
+def test_flags_of_vllms_own_server_are_told_to_be_in_vain() -> None:
+    code, text = check("--json", VLLM_EXTRA_ARGS="--api-key s3cret --host=0.0.0.0", MODEL_NAME="tests/models/tiny-vlm")
+    assert code == 0
+    assert [line.split(" ")[0] for line in json.loads(text)["warnings"]] == ["api_key", "host"]
+    assert "s3cret" not in text

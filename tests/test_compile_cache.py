@@ -41,6 +41,24 @@ def test_the_next_worker_has_what_the_first_compiled(tmp_path: Path) -> None:
     assert (tmp_path / "three/torch_compile_cache/c.so").is_file()
 
 
+def test_a_file_that_has_grown_is_new(tmp_path: Path) -> None:
+    one = cache(tmp_path)
+    one.restore()
+    compiled(tmp_path)
+    assert one.save()
+    assert not one.save()
+    compiled(tmp_path, size=20)
+    assert one.save()
+
+
+def test_more_than_the_volume_may_hold_is_not_copied(tmp_path: Path) -> None:
+    one = cache(tmp_path, max_bytes=1000)
+    one.restore()
+    compiled(tmp_path, size=2000)
+    assert not one.save()
+    assert not (tmp_path / "volume").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"no archive", b"\0" * 2000], ids=["empty", "text", "zeros"])
 def test_a_broken_archive_is_no_cache_and_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "volume").mkdir()

@@ -82,6 +82,10 @@ def test_the_password_of_a_url_is_not_public() -> None:
     assert public["otel_exporter_otlp_endpoint"] == "https://***@host/"
 
 
+def test_a_token_in_a_file_reaches_the_hubs_library() -> None:
+    assert config.library_defaults({"HF_TOKEN": "t"})["HF_TOKEN"] == "t"
+
+
 @pytest.mark.parametrize(("sleep", "segments"), [("true", False), ("", True)])
 def test_memory_has_segments_that_grow_unless_the_model_may_sleep(sleep: str, segments: bool) -> None:
     assert ("PYTORCH_ALLOC_CONF" in config.library_defaults({"ENABLE_SLEEP_MODE": sleep})) is segments

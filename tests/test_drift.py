@@ -68,7 +68,7 @@ def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> Non
 
 def vllm_routes() -> set[str]:
     """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
-    args = engine.parse_arguments(sources.gather({"MODEL_NAME": str(MODEL)}), config.load({}), str(MODEL))
+    args = engine.parse_arguments(sources.gather({"MODEL_NAME": str(MODEL)}), config.load({"MODEL_NAME": str(MODEL)}))
     app = build_app(args, ("generate", "transcription", "realtime"))
     return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
 

@@ -19,7 +19,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from tests import tiny
 from tests.tiny import MODEL
 from worker import config, flags, sources
-from worker.engine import arguments, parse_arguments
+from worker.engine import arguments, parse_arguments, place
 from worker.engine.arguments import SERVER_FLAGS, _Parser, changed
 from worker.engine.client import PacedCollector
 from worker.errors import ConfigurationError
@@ -28,7 +28,9 @@ from worker.pace import Pace
 
 def parsed(**environ: str) -> argparse.Namespace:
     said = sources.gather({"MODEL_NAME": "org/tiny", **environ})
-    return parse_arguments(said, config.load(said.values), str(MODEL))
+    args = parse_arguments(said, config.load(said.values))
+    place(args, said, {said.values["MODEL_NAME"]: MODEL})
+    return args
 
 
 def parse(**environ: str) -> dict[str, object]:
@@ -96,6 +98,24 @@ def test_every_preset_is_one_that_vllm_takes(preset: dict[str, Any]) -> None:
             assert str(args[name.lower()]).lower() == value.lower(), name
 
 
+def test_every_name_of_the_hub_becomes_its_folder(tmp_path: Path) -> None:
+    said = sources.gather(
+        {
+            "MODEL_NAME": "org/tiny",
+            "TOKENIZER": "org/words",
+            "LORA_MODULES": "a=org/a,b=/local",
+            "SPECULATIVE_CONFIG": '{"model": "org/draft", "num_speculative_tokens": 2}',
+        }
+    )
+    folders = {f"org/{name}": tmp_path / name for name in ("tiny", "words", "a", "draft")}
+    args = parse_arguments(said, config.load(said.values))
+    place(args, said, folders)
+    assert (args.model, args.tokenizer) == (str(tmp_path / "tiny"), str(tmp_path / "words"))
+    assert [one.path for one in args.lora_modules] == [str(tmp_path / "a"), "/local"]
+    assert args.speculative_config["model"] == str(tmp_path / "draft")
+    assert args.served_model_name == ["org/tiny"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "heads", "said", "used"),
     [
@@ -127,7 +147,8 @@ def test_how_many_gpus(
     }
     (tmp_path / "config.json").write_text(json.dumps({"text_config": sizes}))
     told = sources.gather({"MODEL_NAME": "org/tiny", **said})
-    args = parse_arguments(told, config.load(told.values), str(tmp_path))
+    args = parse_arguments(told, config.load(told.values))
+    place(args, told, {told.values["MODEL_NAME"]: tmp_path})
     assert args.tensor_parallel_size == used
     assert (args.mm_encoder_tp_mode == "data") is (used > 1)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.test_snapshots import write
 from worker.model import preflight
 from worker.model.prefetch import free_memory
 
@@ -32,4 +33,7 @@ def test_free_memory_is_what_container_and_machine_have(tmp_path: Path, limit: s
     (tmp_path / "memory.current").write_text(f"{1 << 30}\n")
     (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {8 << 20} kB\n")
     assert free_memory(tmp_path, tmp_path / "meminfo") == free
+    (tmp_path / "memory.max").unlink()
+    write(tmp_path / "memory", {"memory.limit_in_bytes": b"3000000000", "memory.usage_in_bytes": b"1000000000"})
+    assert free_memory(tmp_path, tmp_path / "meminfo") == 2_000_000_000
     assert free_memory(tmp_path / "no such cgroup", tmp_path / "meminfo") == 8 << 30

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from worker import config
-from worker.model import snapshots
+from worker.model import repositories, snapshots
 
 COMMIT = "c" * 40
+MODEL = repositories.model(config.load({"MODEL_NAME": "Org/Model"}), {})
 
 
 def tensors(size: int = 16) -> bytes:
@@ -60,13 +61,81 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     ],
 )
 def test_what_is_complete(tmp_path: Path, files: dict[str, bytes], complete: bool) -> None:
-    assert snapshots.is_complete(write(tmp_path / "snapshot", files)) is complete
+    assert snapshots.is_complete(write(tmp_path / "snapshot", files), MODEL) is complete
+
+
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": tensors()}
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "complete"),
+    [
+        pytest.param({"TOKENIZER": "o/t"}, without(SHARDED, "tokenizer.json"), True, id="no tokenizer wanted"),
+        pytest.param({"MODEL_NAME": "o/m/x.Q4.gguf"}, {"x.Q4.gguf": b"x"}, True, id="a file"),
+        pytest.param({"MODEL_NAME": "o/m/x.Q4.gguf"}, {"x.Q4.gguf": b""}, False, id="an empty file"),
+        pytest.param({"MODEL_NAME": "o/m/x.Q4.gguf"}, {}, False, id="no file"),
+    ],
+)
+def test_what_is_complete_of_other_models(
+    tmp_path: Path, said: dict[str, str], files: dict[str, bytes], complete: bool
+) -> None:
+    wanted = repositories.model(config.load({"MODEL_NAME": "o/m", **said}), said)
+    assert snapshots.is_complete(write(tmp_path, files) / (wanted.path or ""), wanted) is complete
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "complete"),
+    [
+        pytest.param({"LORA_MODULES": "a=o/a"}, ADAPTER, True, id="an adapter"),
+        pytest.param({"LORA_MODULES": "a=o/a"}, without(ADAPTER, "adapter_model.safetensors"), False, id="half of one"),
+        pytest.param({"TOKENIZER": "o/t"}, {"tokenizer.json": b"{}"}, True, id="a tokenizer"),
+        pytest.param({"TOKENIZER": "o/t"}, {"config.json": b"{}"}, False, id="no tokenizer"),
+        pytest.param({"SPEC_MODEL": "o/d"}, without(SHARDED, "tokenizer.json"), True, id="a draft model"),
+    ],
+)
+def test_what_is_complete_beside_the_model(
+    tmp_path: Path, said: dict[str, str], files: dict[str, bytes], complete: bool
+) -> None:
+    (wanted,) = repositories.besides(config.load({}), said)
+    assert snapshots.is_complete(write(tmp_path, files), wanted) is complete
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        pytest.param({"LORA_MODULES": "a=o/a,b=/local,c=o/c"}, ["o/a", "o/c"], id="adapters by pairs"),
+        pytest.param({"LORA_MODULES": '[{"name": "a", "path": "o/a"}]'}, ["o/a"], id="adapters in JSON"),
+        pytest.param({"LORA_MODULES": "[{"}, [], id="no JSON"),
+        pytest.param({"DEFAULT_MM_LORAS": '{"audio": "o/a"}'}, ["o/a"], id="adapters of media"),
+        pytest.param({"SPECULATIVE_CONFIG": '{"model": "o/d"}', "TOKENIZER": "o/t"}, ["o/t", "o/d"], id="a draft"),
+        pytest.param({"SPECULATIVE_CONFIG": '{"method": "ngram", "model": "ngram"}'}, [], id="no model"),
+        pytest.param({"TOKENIZER": "Org/Model", "MODEL_NAME": "Org/Model"}, [], id="the model's own tokenizer"),
+        pytest.param({"TOKENIZER": "tests/models"}, [], id="a folder"),
+    ],
+)
+def test_what_is_named_beside_the_model(said: dict[str, str], named: list[str]) -> None:
+    assert [one.name for one in repositories.besides(config.load(said), said)] == named
+
+
+def test_the_revision_of_a_tokenizer() -> None:
+    said = {"TOKENIZER": "o/t", "TOKENIZER_REVISION": "v1"}
+    assert repositories.besides(config.load({}), said)[0].revision == "v1"
+
+
+@pytest.mark.parametrize(
+    ("configuration", "asks"),
+    [({}, False), ({"auto_map": {"A": "m.A"}}, False), ({"auto_map": {"A": "o/r--m.A"}}, True)],
+)
+def test_code_from_another_repository(tmp_path: Path, configuration: dict[str, object], asks: bool) -> None:
+    assert snapshots.asks_for_more(tmp_path) is False
+    (tmp_path / "config.json").write_text(json.dumps(configuration))
+    assert snapshots.asks_for_more(tmp_path) is asks
 
 
 def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
     folder = write(tmp_path, without(SHARDED, SHARDS[1]))
     (folder / SHARDS[1]).symlink_to(tmp_path / "blobs" / "gone")
-    assert not snapshots.is_complete(folder)
+    assert not snapshots.is_complete(folder, MODEL)
 
 
 def cache(root: Path, repository: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
@@ -77,7 +146,8 @@ def cache(root: Path, repository: str, commit: str = COMMIT, ref: str | None = "
 
 
 def find(root: Path, **environ: str) -> Path | None:
-    return snapshots.find(config.load({"MODEL_NAME": "Org/Model", **environ}), [root / "no such cache", root])
+    wanted = repositories.model(config.load({"MODEL_NAME": "Org/Model", **environ}), environ)
+    return snapshots.find(wanted, [root / "no such cache", root])
 
 
 @pytest.mark.parametrize("repository", ["models--Org--Model", "models--org--model"])

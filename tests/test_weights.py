@@ -20,7 +20,7 @@ from tests.test_snapshots import SHARDED, tensors
 from tests.tiny import ROOT
 from worker import config
 from worker.errors import ConfigurationError, StartupError
-from worker.model import snapshots, weights
+from worker.model import repositories, snapshots, weights
 
 COMMIT = "a" * 40
 
@@ -90,7 +90,7 @@ from worker import config
 from worker.model import weights
 from worker.errors import StartupError
 try:
-    print(weights.Weights(config.load(os.environ), os.environ).folder())
+    print(*weights.Weights(config.load(os.environ), os.environ).folders().values(), sep="\\n")
 except StartupError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -104,10 +104,14 @@ def hub_environment(port: int, cache: Path | None) -> dict[str, str]:
 
 
 def resolve(port: int, cache: Path | None, **environ: str) -> tuple[int, str]:
-    """Resolve in a process of its own, because huggingface_hub reads its endpoint at import."""
+    return run(RESOLVE, port, cache, **environ)
+
+
+def run(program: str, port: int, cache: Path | None, **environ: str) -> tuple[int, str]:
+    """Run a program in a process of its own, because huggingface_hub reads its endpoint at import."""
     env = hub_environment(port, cache) | environ
     done = subprocess.run(
-        [sys.executable, "-c", RESOLVE], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.returncode, done.stdout.strip()
 
@@ -142,6 +146,7 @@ def test_a_model_is_downloaded_once_and_without_what_vllm_never_reads(hub: Hub, 
     [
         pytest.param(401, "RepoNotFound", "has no such model, or it is private", id="unknown"),
         pytest.param(403, "GatedRepo", "is gated: ask for access at https://huggingface.co/org/model", id="gated"),
+        pytest.param(401, "", "HF_TOKEN: the Hugging Face Hub refuses it", id="token"),
         pytest.param(404, "RevisionNotFound", "MODEL_REVISION='v9': org/model has no such", id="revision"),
     ],
 )
@@ -153,6 +158,7 @@ def test_what_no_retry_mends_ends_with_2(hub: Hub, tmp_path: Path, status: int, 
     assert "hf_secret" not in told
 
 
+WANTED = repositories.model(config.load({"MODEL_NAME": "org/model"}), {})
 MODEL = SHARDED | {"model-00001-of-00002.safetensors": tensors(3_000_000)}
 
 
@@ -167,6 +173,51 @@ def test_a_complete_snapshot_asks_nothing_of_the_hub(hub: Hub, tmp_path: Path) -
     assert hub.requests
 
 
+def test_what_settings_name_besides_comes_along(hub: Hub, tmp_path: Path) -> None:
+    """An adapter and a tokenizer are downloaded before vLLM asks for them, and then nothing is asked any more."""
+    hub.files = MODEL | {"adapter_config.json": b"{}"}
+    said = {"MODEL_NAME": "org/model", "TOKENIZER": "org/words", "LORA_MODULES": "a=org/adapter"}
+    code, told = resolve(hub.port, tmp_path, **said)
+    folders = dict(zip(("model", "words", "adapter"), map(Path, told.splitlines()), strict=True))
+    assert code == 0
+    assert [f"models--org--{name}" for name in folders] == [path.parents[1].name for path in folders.values()]
+    assert not list(folders["words"].glob("*.safetensors"))
+    hub.requests.clear()
+    assert resolve(hub.port, tmp_path, **said) == (0, told)
+    assert hub.requests == []
+
+
+def test_a_repository_of_gguf_files_alone(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"config.json": b"{}", "model.Q4_K_M.gguf": b"weights"}
+    code, told = resolve(hub.port, tmp_path, MODEL_NAME="org/model")
+    assert (code, "with a plugin, which is not installed" in told) == (2, True)
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_gguf_file_wants_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.load({"MODEL_NAME": "org/model/model.Q4_K_M.gguf"})
+    with pytest.raises(ConfigurationError, match="loads GGUF files only with a plugin"):
+        weights.local(settings, {})
+    monkeypatch.setattr(weights, "entry_points", lambda group: [SimpleNamespace(name=f"{group}.gguf")])
+    assert weights.local(settings, {"HF_HOME": str(tmp_path)}) is None
+
+
+DOWNLOAD = """
+import os
+from worker import config
+from worker.model import repositories, weights
+settings = config.load(os.environ)
+print(weights.download(repositories.model(settings, os.environ), settings, os.environ))
+"""
+
+
+def test_one_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    hub.files = MODEL | {"model.Q4_K_M.gguf": b"weights", "model.Q8_0.gguf": b"other weights"}
+    code, file = run(DOWNLOAD, hub.port, tmp_path, MODEL_NAME="org/model/model.Q4_K_M.gguf")
+    assert (code, Path(file).read_bytes()) == (0, b"weights")
+    assert [one.name for one in Path(file).parent.iterdir()] == ["model.Q4_K_M.gguf"]
+
+
 def test_two_workers_share_a_volume(hub: Hub, tmp_path: Path) -> None:
     """Both download at once; both end with a whole model."""
     hub.files, hub.seconds = MODEL, 0.3
@@ -177,30 +228,30 @@ def test_two_workers_share_a_volume(hub: Hub, tmp_path: Path) -> None:
     code, folder = first.result()
     assert code == 0
     assert folder.startswith(str(tmp_path / "huggingface-cache/hub"))
-    assert snapshots.is_complete(Path(folder))
+    assert snapshots.is_complete(Path(folder), WANTED)
 
 
 def test_a_download_that_is_killed_leaves_nothing_that_looks_complete(hub: Hub, tmp_path: Path) -> None:
     hub.files, hub.seconds = MODEL, 0.5
     said = {"BASE_PATH": str(tmp_path), "MODEL_NAME": "org/model"}
-    settings = config.load(said)
+    caches = snapshots.caches(config.load(said), {})
     with subprocess.Popen(
         [sys.executable, "-m", "worker.model.weights"], env=hub_environment(hub.port, None) | said, cwd=ROOT
     ) as one:
         while not any("model-0000" in path for path in hub.requests):
             time.sleep(0.02)
         one.kill()
-    assert snapshots.find(settings, snapshots.caches(settings, {})) is None
+    assert snapshots.find(WANTED, caches) is None
     hub.seconds = 0.0
     code, folder = resolve(hub.port, None, **said)
-    assert (code, snapshots.is_complete(Path(folder))) == (0, True)
+    assert (code, snapshots.is_complete(Path(folder), WANTED)) == (0, True)
 
 
 def test_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
     hub.files = {f"half/{name}": data for name, data in MODEL.items()} | {"other.safetensors": b"not wanted"}
     code, folder = resolve(hub.port, tmp_path, MODEL_NAME="org/model", MODEL_SUBFOLDER="half")
     assert (code, Path(folder).name) == (0, "half")
-    assert snapshots.is_complete(Path(folder))
+    assert snapshots.is_complete(Path(folder), WANTED)
     assert not (Path(folder).parent / "other.safetensors").exists()
 
 
@@ -210,7 +261,7 @@ def test_a_model_is_baked_into_an_image(hub: Hub, tmp_path: Path) -> None:
     command = [sys.executable, "builder/bake_model.py", str(tmp_path / "models")]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = snapshots.find(config.load({"MODEL_NAME": "org/model"}), [tmp_path / "models"])
+    found = snapshots.find(WANTED, [tmp_path / "models"])
     assert found is not None
     assert str(found) in done.stdout
     del hub.files["model-00002-of-00002.safetensors"]

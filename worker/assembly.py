@@ -25,9 +25,6 @@ from worker.sources import Sources
 from worker.status import Status
 from worker.telemetry import Telemetry
 
-ASK_THE_HUB = {"TOKENIZER", "LORA_MODULES", "SPECULATIVE_CONFIG", "SPEC_MODEL", "VLLM_EXTRA_ARGS"}
-"""Settings that may name something else on the Hub than the model."""
-
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
@@ -72,28 +69,33 @@ class Worker:
         with ExitStack() as stack:
             with self.ledger.phase("weights"):
                 found = Weights(self.settings, self._sources.values)
+                # What still reads weights into the page cache goes on beside the engine, which wants them.
                 stack.callback(found.close)
-                if found.are_local and not ASK_THE_HUB & self._sources.values.keys():
+                if found.need_no_hub:
+                    # Read once, when the Hub's library is imported.
                     os.environ.setdefault("HF_HUB_OFFLINE", "1")
             with self.ledger.phase("imports"):
-                from worker.engine import Engine, compiles_alike, near_misses, parse_arguments, plan
+                from worker.engine import Engine, compiles_alike, parse_arguments, place, plan, remarks
+
+                args = parse_arguments(self._sources, self.settings)
+            for remark in remarks(self._sources):
+                log.warning(remark)
             with self.ledger.phase("download"):
-                folder = found.folder()
+                folders = found.folders()
+                folder = next(iter(folders.values()))
             self._weights = f"{'on disk' if found.are_local else 'downloaded'}: {folder}"
-        with self.ledger.phase("configuration"):
-            args = parse_arguments(self._sources, self.settings, str(folder))
-            for warning in near_misses(self._sources):
-                log.warning(warning)
-            if not self.settings.skip_fit_check and (planned := plan(args)) is not None:
-                fit.check(folder, planned, gpu.visible(self._sources.values))
-            for warning in preflight.warnings(cache_root(self._sources.values), args.tensor_parallel_size):
-                log.warning(warning)
-        self._compiled = self._compile_cache(partial(compiles_alike, args))
-        if self._compiled is not None:
-            with self.ledger.phase("compile cache"):
-                self._restored = self._compiled.restore()
-        with self.ledger.phase("engine"):
-            self._engine = Engine.load(args, self.settings, meanwhile)
+            with self.ledger.phase("configuration"):
+                place(args, self._sources, folders)
+                if not self.settings.skip_fit_check and (planned := plan(args)) is not None:
+                    fit.check(folder, planned, gpu.visible(self._sources.values))
+                for warning in preflight.warnings(cache_root(self._sources.values), args.tensor_parallel_size):
+                    log.warning(warning)
+            self._compiled = self._compile_cache(partial(compiles_alike, args))
+            if self._compiled is not None:
+                with self.ledger.phase("compile cache"):
+                    self._restored = self._compiled.restore()
+            with self.ledger.phase("engine"):
+                self._engine = Engine.load(args, self.settings, meanwhile)
         gpu.register(self.telemetry.registry)
 
     def _compile_cache(self, about: Callable[[], Json]) -> CompileCache | None:

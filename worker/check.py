@@ -9,7 +9,7 @@ from typing import Any
 from worker import config, sources
 from worker.config import Settings
 from worker.errors import ConfigurationError, Json
-from worker.model.weights import local
+from worker.model.weights import found
 from worker.sources import Sources
 
 WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
@@ -17,22 +17,38 @@ WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "
 
 
 def run(environ: Mapping[str, str], as_json: bool) -> int:
-    """Print the effective settings, or what is wrong with them; return the exit code.
+    """Print the effective settings, or all that is wrong with them; return the exit code.
 
-    What is wrong with the worker's own settings is told at once; only then is vLLM, which takes seconds, imported.
+    What is wrong with the worker's own settings is printed at once; only then is vLLM, which takes seconds, imported.
     """
+    mistakes: list[str] = []
+
+    def tell(error: ConfigurationError) -> None:
+        lines = str(error).splitlines()
+        mistakes.extend(lines)
+        if not as_json:
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
+            sys.stdout.flush()
+
     try:
         said = sources.gather(environ)
-        settings = config.load(said.values, said.told)
+        try:
+            settings = config.load(said.values, said.told)
+            folders = found(settings, said.values)
+        except ConfigurationError as error:
+            tell(error)
         from worker.engine import arguments
 
-        args = arguments.parse_arguments(said, settings, str(local(settings, said.values) or settings.model_name))
+        if mistakes:
+            raise ConfigurationError("\n".join(arguments.mistakes(said)))
+        args = arguments.parse_arguments(said, settings)
+        arguments.place(args, said, {wanted.written: folder for wanted, folder in folders.items() if folder})
         engine = arguments.changed(args)
-        warnings = [*said.warnings, *arguments.near_misses(said)]
+        warnings = [*said.warnings, *arguments.remarks(said)]
     except ConfigurationError as error:
-        mistakes = str(error).splitlines()
-        told = json.dumps({"ok": False, "mistakes": mistakes}, indent=1) if as_json else "\n".join(mistakes)
-        sys.stdout.write(f"{told}\n")
+        tell(error)
+        if as_json:
+            sys.stdout.write(json.dumps({"ok": False, "mistakes": mistakes}, indent=1) + "\n")
         return error.exit_code
     rows = [*_own(settings, said), *_engines(engine, said)]
     command = _command(settings, engine)

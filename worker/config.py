@@ -210,10 +210,13 @@ def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
         defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
     # Beside what vLLM itself compiles, so that one cache holds all of it.
     defaults["TRITON_CACHE_DIR"] = str(cache_root(environ) / "triton")
+    defaults["FLASHINFER_WORKSPACE_BASE"] = str(cache_root(environ) / "flashinfer")
     sleeps = BOOLEANS.get(environ.get("ENABLE_SLEEP_MODE", "").strip().lower()) is True
     if not sleeps and not OTHER_ALLOCATION & environ.keys():
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    return {name: value for name, value in defaults.items() if name not in environ}
+    # In a file it may have been said, too, and the Hub's library reads it here.
+    token = {"HF_TOKEN": environ["HF_TOKEN"]} if "HF_TOKEN" in environ else {}
+    return token | {name: value for name, value in defaults.items() if name not in environ}
 
 
 def load(values: Mapping[str, str], told: Callable[[str], str] = str) -> Settings:

@@ -85,13 +85,13 @@ def _flags(action: argparse.Action, value: str) -> list[str]:
         off = [flag.replace("--", "--no-", 1)] if isinstance(action, argparse.BooleanOptionalAction) else []
         return [flag] if chosen else off
     if action.nargs in ("+", "*"):
-        return [flag, *_items(value)]
+        return [flag, *items(value)]
     if isinstance(action, argparse._AppendAction):
-        return [f"{flag}={item}" for item in _items(value)]
+        return [f"{flag}={item}" for item in items(value)]
     return [f"{flag}={value}"]
 
 
-def _items(value: str) -> list[str]:
+def items(value: str) -> list[str]:
     """Split a list written as a JSON array or with commas; items that are JSON objects stay JSON text."""
     if not value.startswith("["):
         return [json.dumps(json.loads(value))] if value.startswith("{") else [item.strip() for item in value.split(",")]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,20 +47,16 @@ class _Parser(FlexibleArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
-def parse_arguments(said: Sources, settings: config.Settings, model: str) -> argparse.Namespace:
-    """Return vLLM's arguments as they have been said, for the snapshot in the folder `model`.
+def parse_arguments(said: Sources, settings: config.Settings) -> argparse.Namespace:
+    """Return vLLM's arguments as they have been said; `place` says where the model is.
 
     Raises:
         ConfigurationError: a value is refused by vLLM's parser or its checks.
     """
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
-    values = dict(said.values)
-    chooses_gpus = _chooses_gpus(said)
-    if chooses_gpus:
-        values.pop("TENSOR_PARALLEL_SIZE", None)
-    arguments = flags.arguments(values, parser, SERVER_FLAGS, said.told)
+    arguments = _flags(said, parser)
     try:
-        args: argparse.Namespace = parser.parse_args([f"--model={model}", *arguments])
+        args: argparse.Namespace = parser.parse_args([f"--model={settings.model_name}", *arguments])
         args.served_model_name = args.served_model_name or [settings.model_name]
         configure_logging_from_args(args)
         validate_parsed_serve_args(args)
@@ -76,10 +73,6 @@ def parse_arguments(said: Sources, settings: config.Settings, model: str) -> arg
             "Set LOG_PROMPTS=true if that is wanted; it implies both."
         )
     _limit_media(args, settings)
-    if chooses_gpus:
-        args.tensor_parallel_size = _gpus_for(args)
-    if args.tensor_parallel_size > 1 and not _is_said(said, "MM_ENCODER_TP_MODE"):
-        args.mm_encoder_tp_mode = "data"
     args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
     # Keys are checked before a request comes here. None would have vLLM look for one in the environment.
@@ -94,16 +87,64 @@ def parse_arguments(said: Sources, settings: config.Settings, model: str) -> arg
     return args
 
 
-def near_misses(said: Sources) -> list[str]:
-    """Return a sentence for every variable that is nearly the name of a setting, the worker's or vLLM's."""
+def mistakes(said: Sources) -> list[str]:
+    """Return a sentence for every variable whose value vLLM's parser refuses."""
+    try:
+        _flags(said, make_arg_parser(_Parser()))  # type: ignore[no-untyped-call]
+    except ConfigurationError as error:
+        return str(error).splitlines()
+    return []
+
+
+def _flags(said: Sources, parser: argparse.ArgumentParser) -> list[str]:
+    return flags.arguments(_without_wishes(said), parser, SERVER_FLAGS, said.told)
+
+
+def place(args: argparse.Namespace, said: Sources, folders: Mapping[str, Path]) -> None:
+    """Put into the arguments the folder of every name of the Hub, the model's first, and so many GPUs as fit it."""
+
+    def placed(name: Any) -> Any:
+        return str(folders[name]) if name in folders else name
+
+    args.model = placed(args.model)
+    args.tokenizer, args.hf_config_path, args.spec_model = map(
+        placed, (args.tokenizer, args.hf_config_path, args.spec_model)
+    )
+    if args.speculative_config is not None:
+        args.speculative_config = {name: placed(value) for name, value in args.speculative_config.items()}
+    if args.default_mm_loras is not None:
+        args.default_mm_loras = {kind: placed(path) for kind, path in args.default_mm_loras.items()}
+    for adapter in args.lora_modules or ():
+        adapter.path = placed(adapter.path)
+    if _chooses_gpus(said):
+        args.tensor_parallel_size = _gpus_for(args)
+    if args.tensor_parallel_size > 1 and not _is_said(said, "MM_ENCODER_TP_MODE"):
+        args.mm_encoder_tp_mode = "data"
+
+
+def remarks(said: Sources) -> list[str]:
+    """Return a sentence for what is said in vain: nearly the name of a setting, or a flag of vLLM's own server."""
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
     flags_of_vllm = (action.dest.upper() for action in parser._actions)
-    return sources.near_misses(said, {*map(str.upper, config.Settings.model_fields), *flags_of_vllm})
+    mine = {*map(str.upper, config.Settings.model_fields), *sources.ALIASES}
+    # In an environment, HOST and the like may be somebody else's.
+    in_file = {name for name, origin in said.origins.items() if origin != sources.ENVIRONMENT} - mine
+    vain = sorted(name for name in SERVER_FLAGS if name.upper() in in_file or name in _extra_flags(said))
+    return [
+        *sources.near_misses(said, {*map(str.upper, config.Settings.model_fields), *flags_of_vllm}),
+        *(f"{name} has no effect: it is of vLLM's own server, in whose place the worker's is." for name in vain),
+    ]
+
+
+def _without_wishes(said: Sources) -> dict[str, str]:
+    """Return what is said, without a number of GPUs that the worker is to choose."""
+    left_out = {"TENSOR_PARALLEL_SIZE"} if _chooses_gpus(said) else set()
+    return {name: value for name, value in said.values.items() if name not in left_out}
 
 
 def _chooses_gpus(said: Sources) -> bool:
     """Tell whether the worker is to choose; what a preset says is a wish, for as many GPUs as there are."""
-    if not _is_said(said, "TENSOR_PARALLEL_SIZE", "-tp"):
+    if not _is_said(said, "TENSOR_PARALLEL_SIZE", "tp"):
         return True
     number = said.values.get("TENSOR_PARALLEL_SIZE", "").strip().lower()
     wished = said.origins.get("TENSOR_PARALLEL_SIZE", "").startswith("preset") and number.isdigit()
@@ -112,11 +153,13 @@ def _chooses_gpus(said: Sources) -> bool:
 
 def _is_said(said: Sources, variable: str, *short: str) -> bool:
     """Tell whether somebody says a flag, as a variable or in VLLM_EXTRA_ARGS."""
-    flag = f"--{variable.lower().replace('_', '-')}"
-    words = (word.partition("=")[0] for word in said.values.get("VLLM_EXTRA_ARGS", "").split())
-    return variable in said.values or not {flag, flag.replace("-", "_").replace("__", "--", 1), *short}.isdisjoint(
-        words
-    )
+    return variable in said.values or not {variable.lower(), *short}.isdisjoint(_extra_flags(said))
+
+
+def _extra_flags(said: Sources) -> set[str]:
+    """Return the flags of VLLM_EXTRA_ARGS, as the parser names them."""
+    words = said.values.get("VLLM_EXTRA_ARGS", "").split()
+    return {word.lstrip("-").partition("=")[0].replace("-", "_") for word in words if word.startswith("-")}
 
 
 def _visible_gpus() -> int:

@@ -37,7 +37,7 @@ class CompileCache:
         self._archive = folder / f"{key}{SUFFIX}"
         self._local = local
         self._max_bytes = max_bytes
-        self._before: frozenset[str] = frozenset()
+        self._before: dict[str, int] = {}
 
     def restore(self) -> bool:
         """Copy the archive in; tell whether there was one."""
@@ -58,20 +58,24 @@ class CompileCache:
         except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             log.warning("The compile cache cannot be used (%s); vLLM compiles anew", type(error).__name__)
             found = False
-        self._before = self._names()
+        self._before = self._files()
         return found
 
     def save(self) -> bool:
         """Copy out what there is, if there is anything new; tell whether that was done."""
-        names = self._names()
-        if not names - self._before:
-            return False
         try:
+            files = self._files()
+            if not files.items() - self._before.items():
+                return False
+            self._before = files
+            if (size := sum(files.values())) > self._max_bytes:
+                log.warning("The compile cache is not kept: it has %.1f GB, more than COMPILE_CACHE_GB", size / 1e9)
+                return False
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
             try:
                 with os.fdopen(descriptor, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
-                    for name in sorted(names):
+                    for name in sorted(files):
                         archive.add(self._local / name, name)
                 Path(temporary).replace(self._archive)
             except BaseException:
@@ -81,12 +85,12 @@ class CompileCache:
         except (OSError, tarfile.TarError) as error:
             log.warning("The compile cache cannot be kept (%s)", type(error).__name__)
             return False
-        self._before = names
         return True
 
-    def _names(self) -> frozenset[str]:
-        files = (path.relative_to(self._local) for path in self._local.rglob("*") if path.is_file())
-        return frozenset(str(path) for path in files if path.parts[0] not in NOT_KEPT)
+    def _files(self) -> dict[str, int]:
+        """Return the names of the files that are kept, and their sizes."""
+        files = ((path.relative_to(self._local), path) for path in self._local.rglob("*") if path.is_file())
+        return {str(name): path.stat().st_size for name, path in files if name.parts[0] not in NOT_KEPT}
 
     def _evict(self) -> None:
         """Remove the archives that have gone unused for longest until the rest fits, and what was left behind."""

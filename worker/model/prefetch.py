@@ -2,6 +2,7 @@
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from worker.model.fit import weight_files
@@ -11,6 +12,8 @@ THREADS = 4
 SHARE = 0.6
 """Of the memory that is free, how much may become page cache."""
 CGROUP = Path("/sys/fs/cgroup")
+LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Of a container and what of it is used, by the second and by the first version of control groups."""
 
 
 def main(folder: Path) -> None:
@@ -30,11 +33,11 @@ def free_memory(cgroup: Path = CGROUP, meminfo: Path = Path("/proc/meminfo")) ->
     """Return the bytes of memory that the machine has available, and the container may still take."""
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     available = 1024 * int(lines["MemAvailable"].split()[0])
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(available, int(limit) - int(used))
-    except (OSError, ValueError):
-        return available
+    for names in LIMITS:
+        with suppress(OSError, ValueError):
+            limit, used = (int((cgroup / name).read_text()) for name in names)
+            return min(available, limit - used)
+    return available
 
 
 def _read(file: Path) -> None:

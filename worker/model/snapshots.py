@@ -1,5 +1,6 @@
-"""Models that are on disk already: where caches are, and whether what is there is complete. Asks nobody else."""
+"""What is on disk already: where caches are, and whether what is there is complete. Asks nobody else."""
 
+import fnmatch
 import json
 import re
 import struct
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from worker.config import Settings
+from worker.model.repositories import Repository
 
 BAKED = Path("/models")
 """Where the image's build puts a model."""
@@ -17,8 +19,6 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _HEADER_BYTES = 100_000_000
 FORMATS = (".safetensors", ".bin", ".pt", ".gguf")
 """Of weights; vLLM loads the first that is there."""
-TOKENIZERS = ("tokenizer*", "vocab.*", "tekken.json", "spiece.model", "*.tiktoken")
-"""One of these goes with every model."""
 
 
 def caches(settings: Settings, environ: Mapping[str, str]) -> list[Path]:
@@ -39,25 +39,21 @@ def download_folder(settings: Settings, environ: Mapping[str, str]) -> Path | No
     return None
 
 
-def find(settings: Settings, roots: Iterable[Path]) -> Path | None:
-    """Return the folder of a complete snapshot of the model in one of the caches."""
+def find(wanted: Repository, roots: Iterable[Path]) -> Path | None:
+    """Return the folder of a complete snapshot in one of the caches, or the file of it that is wanted."""
     for root in roots:
-        for repository in _repositories(root, settings.model_name):
-            snapshot = _snapshot(repository, settings.model_revision)
+        for repository in _repositories(root, wanted.name):
+            snapshot = _snapshot(repository, wanted.revision)
             if snapshot is None or marker(snapshot).exists():
                 continue
-            if is_complete(folder := _within(snapshot, settings.model_subfolder)):
-                return folder
+            if is_complete(path := snapshot / (wanted.path or ""), wanted):
+                return path
     return None
 
 
 def marker(snapshot: Path) -> Path:
     """Return the file that is there while a snapshot is being downloaded, and for as long as it has not been."""
     return snapshot.parent.parent / f"incomplete-{snapshot.name}"
-
-
-def _within(snapshot: Path, subfolder: str | None) -> Path:
-    return snapshot / subfolder if subfolder else snapshot
 
 
 def _repositories(root: Path, name: str) -> Iterator[Path]:
@@ -89,21 +85,35 @@ def _snapshot(repository: Path, revision: str | None) -> Path | None:
     return None
 
 
-def is_complete(folder: Path) -> bool:
-    """Tell whether every file of a model is there, weights with the size that they say of themselves."""
+def is_complete(path: Path, wanted: Repository) -> bool:
+    """Tell whether every file that is wanted is there, weights with the size that they say of themselves."""
     try:
-        names = {path.name for path in folder.iterdir() if path.is_file()}
-        if not {"config.json", "params.json"} & names or not any(any(folder.glob(name)) for name in TOKENIZERS):
+        if wanted.is_file:
+            return path.stat().st_size > 0
+        names = {file.name for file in path.iterdir() if file.is_file()}
+        if not all(any(fnmatch.filter(names, pattern) for pattern in group) for group in wanted.needs):
             return False
-        suffix = next((one for one in FORMATS if any(name.endswith(one) for name in names)), None)
-        if suffix is None:
-            return False
-        named = {file for file in _named_in_indexes(folder, names) if file.endswith(suffix)}
-        weights = named or {name for name in names if name.endswith(suffix)}
-        return named <= names and all(_is_whole(folder / name, names, numbered=not named) for name in weights)
+        return not wanted.has_weights or _has_whole_weights(path, names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         # Whatever else is in a foreign file.
         return False
+
+
+def asks_for_more(folder: Path) -> bool:
+    """Tell whether a model's configuration names code in another repository of the Hub."""
+    try:
+        return "--" in json.dumps(json.loads((folder / "config.json").read_text()).get("auto_map", {}))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _has_whole_weights(folder: Path, names: set[str]) -> bool:
+    suffix = next((one for one in FORMATS if any(name.endswith(one) for name in names)), None)
+    if suffix is None:
+        return False
+    named = {file for file in _named_in_indexes(folder, names) if file.endswith(suffix)}
+    weights = named or {name for name in names if name.endswith(suffix)}
+    return named <= names and all(_is_whole(folder / name, names, numbered=not named) for name in weights)
 
 
 def _named_in_indexes(folder: Path, names: Iterable[str]) -> set[str]:
