@@ -14,16 +14,16 @@ import tempfile
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
-from typing import IO
+from pathlib import Path
 
-import uvloop
-
-from worker import check, config, local, logs, sources
+from worker import check, config, local, logs, modes, program, sources
 from worker.assembly import Worker
-from worker.errors import EngineDiedError, StartupError
+from worker.errors import ConfigurationError, StartupError
 from worker.listener import HttpServer
+from worker.refusal import Handler, Refusal
 from worker.server import Gate
-from worker.service import Job, Service
+
+CAUSE = "cause.txt"
 
 
 def main() -> int:
@@ -33,17 +33,32 @@ def main() -> int:
         os.environ.update(config.library_defaults(os.environ))
         return check.run(os.environ, chosen.json)
     try:
-        said = sources.gather(os.environ)
-        os.environ.update(config.library_defaults(said.values))
-        settings = config.load(said.values, said.told)
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            configure_logs(settings, file)
-            for warning in said.warnings:
-                logging.getLogger("worker").warning(warning)
-            return run(Worker(settings, said), chosen)
+        with tempfile.TemporaryDirectory(prefix="worker-") as folder:
+            return start(chosen, Path(folder))
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    finally:
+        program.end_all()
+
+
+def start(chosen: argparse.Namespace, folder: Path) -> int:
+    """Read the settings and run; what is wrong with them is told like everything else that stands in the way."""
+    wrong = None
+    try:
+        said = sources.gather(os.environ)
+        os.environ.update(config.library_defaults(said.values))
+        settings = config.load(said.values, said.told)
+    except ConfigurationError as error:
+        said, wrong = sources.Sources(config.bare(os.environ), {}), error
+        try:
+            settings = config.load(said.values)
+        except ConfigurationError:
+            raise error from None
+    configure_logs(settings, folder)
+    for warning in said.warnings:
+        logging.getLogger("worker").warning(warning)
+    return run(Worker(settings, said, folder / CAUSE), chosen, wrong)
 
 
 def options(argv: list[str]) -> argparse.Namespace:
@@ -57,25 +72,25 @@ def options(argv: list[str]) -> argparse.Namespace:
     return known
 
 
-def configure_logs(settings: config.Settings, file: IO[str]) -> None:
+def configure_logs(settings: config.Settings, folder: Path) -> None:
     """Have this process, and by way of a file vLLM in all of its processes, log in one form."""
-    lines = logs.configuration(
-        settings.log_format, settings.log_level, settings.vllm_logging_level, settings.log_prompts
-    )
-    logging.config.dictConfig(lines)
+    form = (settings.log_format, settings.log_level, settings.vllm_logging_level, settings.log_prompts)
+    logging.config.dictConfig(logs.configuration(*form))
     logging.captureWarnings(capture=True)
-    json.dump(lines, file)
-    file.flush()
-    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", file.name)
+    file = folder / "logging.json"
+    file.write_text(json.dumps(logs.configuration(*form, cause=folder / CAUSE)))
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(file))
     if settings.log_prompts:
         logging.getLogger("worker").warning("LOG_PROMPTS is set: what users say and are told is written to this log")
 
 
-def run(worker: Worker, chosen: argparse.Namespace) -> int:
+def run(worker: Worker, chosen: argparse.Namespace, wrong: ConfigurationError | None) -> int:
     """Load the engine, then answer one local job, or serve the queue, HTTP or the SDK's test server."""
     settings = worker.settings
     mode = "local" if chosen.test_input is not None else "test server" if chosen.rp_serve_api else settings.mode
-    job = local.read_job(chosen.test_input) if mode == "local" else None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # While the model is loaded; what serves has its own way to leave.
+        signal.signal(number, lambda number, _: sys.exit(0 if mode in ("queue", "http") else 128 + number))
     with ExitStack() as stack:
         ports = [port for port in (settings.port_health, settings.metrics_port) if port is not None]
         gate = Gate(worker.monitor, worker.status, worker.telemetry, settings, offers_engine=mode == "http")
@@ -83,69 +98,44 @@ def run(worker: Worker, chosen: argparse.Namespace) -> int:
             ports.insert(0, settings.http_port)
         server = stack.enter_context(HttpServer(gate, ports)) if ports else None
         stack.callback(worker.shutdown)
-        serves_queue = job is None and mode != "http"
-        worker.load(meanwhile=partial(import_module, "worker.queue") if serves_queue else lambda: None)
-        if job is not None:
-            return asyncio.run(answer(worker, job))
-        if mode == "http" and server is not None:
-            serve_http(worker, server, gate)
-        else:
-            serve_queue(worker, test_server=mode == "test server")
+        try:
+            if wrong is not None:
+                raise wrong
+            job = local.read_job(chosen.test_input) if mode == "local" else None
+            serves_queue = job is None and mode != "http"
+            worker.load(meanwhile=partial(import_module, "worker.queue") if serves_queue else lambda: None)
+            if job is not None:
+                return asyncio.run(modes.answer(worker, job))
+            if mode == "http" and server is not None:
+                modes.serve_http(worker, server, gate)
+            else:
+                modes.serve_queue(worker, start_sdk, test_server=mode == "test server")
+        except ConfigurationError as error:
+            if mode not in ("queue", "http") or settings.startup_failure == "exit":
+                raise
+            worker.shutdown()
+            worker.status.fail(str(error))
+            logging.getLogger("worker").error("This worker cannot start, and tells its callers why: %s", error)
+            if mode == "http" and server is not None:
+                modes.refuse_http(server, Refusal(error))
+            else:
+                modes.refuse_queue(worker, start_sdk, Refusal(error))
     return 0
 
 
-async def answer(worker: Worker, job: Job) -> int:
-    """Run one job and print its result."""
-    await worker.attach()
-    result = await local.run(Service(worker.attach, worker.settings, worker.telemetry).handler, job)
-    sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
-    return 0 if result["status"] == "COMPLETED" else 1
-
-
-def serve_http(worker: Worker, server: HttpServer, gate: Gate) -> None:
-    """Let requests through to the engine until told to stop."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.notify(stopped))
-
-    async def serve() -> None:
-        gate.open(await worker.attach(), worker.concurrency)
-        ends = [asyncio.create_task(stopped.wait()), asyncio.create_task(worker.engine.died())]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
-        if worker.engine.is_dead:
-            raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
-        worker.status.drain()
-        await gate.drained()
-
-    server.run(serve())
-
-
-def serve_queue(worker: Worker, test_server: bool) -> None:
-    """Take jobs from RunPod's queue, or from the SDK's test server, until told to stop."""
+def start_sdk(handler: Handler, concurrency: int) -> None:
+    """Run the SDK's worker until it ends."""
     import runpod
     from runpod.serverless.modules import rp_logger
 
-    from worker import devapi, queue
-
     rp_logger.RunPodLogger.log = logs.log_for_sdk
-    service = Service(worker.attach, worker.settings, worker.telemetry)
-    concurrency = worker.concurrency
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if test_server:
-            devapi.install()
-        elif worker.settings.worker_job_loop == "event":
-            # The loop that serves is the one that attaches: before the first ping and the first request for jobs.
-            runner.run(worker.attach())
-            queue.install(runner, worker.engine.died, worker.telemetry.stream_posts.inc, worker.status.drain)
-        runpod.serverless.start(
-            {
-                "handler": service.handler,
-                "return_aggregate_stream": True,
-                "concurrency_modifier": lambda _current: concurrency,
-            }
-        )
+    runpod.serverless.start(
+        {
+            "handler": handler,
+            "return_aggregate_stream": True,
+            "concurrency_modifier": lambda _current: concurrency,
+        }
+    )
 
 
 if __name__ == "__main__":

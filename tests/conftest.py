@@ -11,15 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests import tiny
 from tests.collector import Collector
 from tests.links import Server
 from tests.ports import free_port
-from tests.standin import StandinServer, WorkerProcess, worker_environment
+from tests.standin import StandinServer, Status, WorkerProcess, worker_environment
+from worker.errors import LEAVING
 
 START_SECONDS = 180
+GRACE_SECONDS = 2.5
+"""What the queue's jobs are given when the worker is stopped."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,34 @@ def endpoint() -> Iterator[Endpoint]:
             "MEDIA_ALLOW_PRIVATE_NETWORKS": "true",
         }
         with log.open("wb") as output, WorkerProcess([sys.executable, "handler.py"], environment, output) as worker:
-            _wait_until_ready(server, worker, log)
-            yield Endpoint(server, worker, log, metrics_port)
+            wait_until_ready(server, worker, log)
+            served = Endpoint(server, worker, log, metrics_port)
+            yield served
+            _stop_while_a_job_runs(served)
 
 
-def _wait_until_ready(server: StandinServer, worker: WorkerProcess, log: Path) -> None:
+def _stop_while_a_job_runs(served: Endpoint) -> None:
+    """Tell the worker to stop: what runs gets some time, then the reason, and no process stays behind."""
+    platform = served.server.platform
+    body = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    short, *long = [
+        served.server.call(platform.submit, {"input": {**body, "max_tokens": tokens}}) for tokens in (10, *[1900] * 40)
+    ]
+    served.server.wait_until(lambda _: all(job.chunks for job in long))
+    family = psutil.Process(served.worker.pid).children(recursive=True)
+    began = time.monotonic()
+    served.worker.send_signal(signal.SIGTERM)
+    assert served.worker.wait(timeout=20) == 0
+    assert time.monotonic() - began < GRACE_SECONDS + 5
+    assert short.status is Status.COMPLETED
+    assert {job.status for job in long} <= {Status.COMPLETED, Status.FAILED}
+    assert all(LEAVING in job.error for job in long if job.status is Status.FAILED)
+    assert any(job.status is Status.FAILED for job in long)
+    assert not psutil.wait_procs(family, timeout=2)[1]
+
+
+def wait_until_ready(server: StandinServer, worker: WorkerProcess, log: Path) -> None:
+    """Wait for the worker's first request for jobs."""
     for _ in range(START_SECONDS):
         with suppress(TimeoutError):
             return server.wait_until(lambda platform: platform.records.takes, timeout=1)
@@ -83,6 +110,8 @@ class HttpWorker:
     collector: Collector
     pings: list[int] = field(default_factory=list)
     """The answers of `/ping` until the worker was ready."""
+
+    key: str = API_KEY
 
     @property
     def url(self) -> str:

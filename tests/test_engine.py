@@ -21,8 +21,9 @@ from tests.tiny import MODEL
 from worker import config, flags, sources
 from worker.engine import arguments, parse_arguments, place
 from worker.engine.arguments import SERVER_FLAGS, _Parser, changed
+from worker.engine.causes import failure
 from worker.engine.client import PacedCollector
-from worker.errors import ConfigurationError
+from worker.errors import ConfigurationError, StartupError
 from worker.pace import Pace
 
 
@@ -86,6 +87,30 @@ def value_for(action: argparse.Action) -> str:
             continue
         return value
     raise AssertionError(f"no value for {action.option_strings}")
+
+
+@pytest.mark.parametrize("template", ["{% if x %}", "/no/such/template.jinja"])
+def test_a_template_that_is_none_is_told_before_anything_is_loaded(template: str, tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text(template)
+    with pytest.raises(ConfigurationError, match="template"):
+        parse(CHAT_TEMPLATE=str(file) if "{%" in template else template)
+
+
+@pytest.mark.parametrize(
+    ("cause", "wrong", "words"),
+    [
+        pytest.param(None, StartupError, "Engine core initialization failed", id="unknown"),
+        pytest.param("RuntimeError: NCCL error", StartupError, "NCCL error", id="may pass"),
+        pytest.param("ValueError: bad head size", ConfigurationError, "bad head size", id="will not pass"),
+        pytest.param("OutOfMemoryError: CUDA out of memory", ConfigurationError, "Lower MAX_MODEL_LEN", id="memory"),
+        pytest.param("RuntimeError: no kernel image is available", ConfigurationError, "no kernel", id="GPU"),
+    ],
+)
+def test_why_an_engine_did_not_start(cause: str | None, wrong: type[StartupError], words: str) -> None:
+    error = failure("Engine core initialization failed", cause)
+    assert type(error) is wrong
+    assert words in str(error)
 
 
 @pytest.mark.parametrize("preset", sources.presets(), ids=lambda preset: str(preset["name"]))

@@ -5,6 +5,7 @@ import json
 import logging
 import logging.config
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,16 @@ def test_an_error_that_is_the_callers_own_is_answered_and_not_told(output: io.St
             logging.getLogger("vllm.test").exception("Error")
     (line,) = parsed(output)
     assert "a fault" in line["traceback"]
+
+
+@pytest.mark.usefixtures("output")
+def test_the_first_exception_of_any_process_is_written_down(tmp_path: Path) -> None:
+    cause = tmp_path / "cause.txt"
+    logging.config.dictConfig(logs.configuration("json", "INFO", "INFO", False, cause))
+    logging.getLogger("vllm").error("No exception")
+    for message in ("first\nline", "second"):
+        try:
+            raise ValueError(message)
+        except ValueError:
+            logging.getLogger("vllm.v1").exception("It broke")
+    assert cause.read_text() == "ValueError: first line"

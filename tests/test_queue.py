@@ -23,15 +23,16 @@ from tests.standin import (
 )
 from tests.standin.echo_worker import CONCURRENCY
 from tests.tiny import ROOT
+from worker.errors import ENGINE_DIED, LEAVING
 
 SLOTS = 4
 COMMAND = [sys.executable, "-P", str(ROOT / "tests/standin/echo_worker.py"), "event"]
 
 
 @contextmanager
-def running_worker(behaviour: Behaviour) -> Iterator[tuple[StandinServer, WorkerProcess]]:
+def running_worker(behaviour: Behaviour, **environ: str) -> Iterator[tuple[StandinServer, WorkerProcess]]:
     with StandinServer(Platform(behaviour)) as server:
-        environment = {**worker_environment(server.port), "PYTHONPATH": str(ROOT)}
+        environment = {**worker_environment(server.port), "PYTHONPATH": str(ROOT), **environ}
         with WorkerProcess(COMMAND, environment) as worker:
             server.wait_until(lambda platform: platform.records.takes)
             yield server, worker
@@ -196,6 +197,74 @@ def test_a_result_that_was_refused_does_not_hold_up_the_next(server: StandinServ
     job = submit(server, {"count": 2})
     assert finished(server, job) == [Status.COMPLETED]
     assert len(job.chunks) == 1
+
+
+@pytest.mark.parametrize("kind", ["stream", "done"])
+def test_a_platform_that_is_away_for_a_while_gets_everything_in_order(server: StandinServer, kind: str) -> None:
+    job = submit(server, {"count": 3} if kind == "stream" else {"sleep": 0.5})
+    server.wait_until(lambda _: job.status is Status.IN_PROGRESS)
+    server.platform.behaviour.is_away = True
+    server.drop_connections()
+    time.sleep(2)
+    server.platform.behaviour.is_away = False
+    late = submit(server, {"count": 1})
+    assert finished(server, job, late) == [Status.COMPLETED] * 2
+    assert job.output == (["part 0", "part 1", "part 2"] if kind == "stream" else ["slept"])
+    assert job.chunks == job.output
+    assert server.platform.records.duplicate_dones == []
+
+
+@pytest.mark.parametrize("kind", ["take", "stream", "done", "stop"])
+def test_an_answer_that_is_cut_off_is_survived(server: StandinServer, kind: Any) -> None:
+    """What a take that was cut off gave is lost to the platform's own time limit; nothing else is."""
+    server.platform.behaviour.faults[kind] = [Fault(cut=True)]
+    first = submit(server, {"count": 2})  # Ends the long poll that waits since before the fault.
+    server.wait_until(lambda platform: not platform.behaviour.faults[kind] or kind == "stop")
+    second = submit(server, {"count": 2})
+    server.wait_until(lambda _: second.status is not Status.IN_QUEUE)
+    last = submit(server, {"count": 2})
+    answered = [first, last] if kind == "take" else [first, second, last]
+    assert set(finished(server, *answered)) == {Status.COMPLETED}
+
+
+def test_a_result_that_is_too_large_fails_in_words(server: StandinServer) -> None:
+    job = submit(server, {"size": 21_000_000})
+    assert finished(server, job) == [Status.FAILED]
+    assert "Ask for a stream, for fewer tokens" in job.error
+    server.platform.behaviour.faults["done"] = [Fault(status=413)]
+    job = submit(server, {"size": 2_000_000})
+    assert finished(server, job) == [Status.FAILED]
+    assert server.platform.records.oversized_posts == []
+
+
+def test_a_large_result_needs_no_yield(server: StandinServer) -> None:
+    job = submit(server, {"size": 2_000_000})
+    assert finished(server, job) == [Status.COMPLETED]
+    assert (len(job.output[0]), job.chunks) == (2_000_000, [])
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_what_outlasts_the_grace_of_a_stopped_worker_fails_in_words(silent: bool) -> None:
+    with running_worker(Behaviour(), DRAIN_SECONDS="0.5") as (server, worker):
+        job = submit(server, {"hang": True, "silent": silent})
+        server.wait_until(lambda _: job.status is Status.IN_PROGRESS)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=20) == 0
+        assert (job.status, job.error) == (Status.FAILED, LEAVING)
+
+
+@pytest.mark.parametrize(("said", "left"), [("retry", Status.IN_PROGRESS), ("fail", Status.FAILED)])
+def test_what_becomes_of_jobs_when_the_engine_dies(said: str, left: Status) -> None:
+    """Those that have said something fail; the others are left to the platform if that is wanted."""
+    with running_worker(Behaviour(), ON_ENGINE_DEATH=said) as (server, worker):
+        silent, hanging = submit(server, {"hang": True, "silent": True}), submit(server, {"hang": True})
+        server.wait_until(lambda _: hanging.chunks and silent.status is Status.IN_PROGRESS)
+        dying = submit(server, {"die": True})
+        began = time.monotonic()
+        assert worker.wait(timeout=20) == 1
+        assert time.monotonic() - began < 5
+        assert [job.status for job in (silent, hanging, dying)] == [left, Status.FAILED, Status.FAILED]
+        assert hanging.error == ENGINE_DIED
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

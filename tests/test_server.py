@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,7 +20,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tests.ports import free_port
 from worker.asgi import App, Receive, Send
 from worker.config import Settings
-from worker.errors import ConfigurationError
+from worker.errors import LEAVING, ConfigurationError
 from worker.ledger import Ledger
 from worker.listener import HttpServer
 from worker.monitor import Monitor
@@ -75,10 +76,18 @@ class Worker:
         self.engine = engine
         self.concurrency = concurrency
         self.port = 0
+        self.server: HttpServer | None = None
 
     def ready(self) -> None:
         self.gate.open(self.engine, self.concurrency)
         self.status.ready({}, lambda: False)
+
+    def end(self, why: str) -> None:
+        async def end() -> None:
+            self.gate.end(why)
+
+        if self.server is not None:
+            self.server.run(end())
 
     @property
     def url(self) -> str:
@@ -118,6 +127,7 @@ def serving(
         (worker.port,) = server.ports
         if ready:
             worker.ready()
+        worker.server = server
         yield worker
 
 
@@ -430,6 +440,38 @@ def test_the_drain_waits_for_what_runs() -> None:
         assert engine.left.wait(timeout=10)
         asyncio.run(worker.gate.drained(seconds=10))
         assert worker.gate.running == 0
+
+
+@pytest.mark.parametrize("begun", [pytest.param(True, id="streams"), pytest.param(False, id="not yet begun")])
+def test_what_still_runs_in_the_end_is_told_why(begun: bool) -> None:
+    async def silent(_scope: Any, receive: Receive, send: Send) -> None:
+        await receive()
+        if begun:
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        await receive()
+
+    with serving(silent) as worker, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(worker.post)
+        while not worker.gate.running:
+            time.sleep(0.01)
+        worker.end(LEAVING)
+        answer = asked.result()
+        assert LEAVING in answer.text
+        assert answer.status_code == (200 if begun else 503)
+        assert not begun or answer.text.endswith("data: [DONE]\n\n")
+        assert worker.outcomes() == ["engine_error"]
+
+
+def test_a_worker_that_cannot_start_says_why_to_everybody() -> None:
+    with serving(ready=False) as worker:
+        worker.status.fail("MODEL_NAME='x': no such model")
+        assert worker.get("/ping").status_code == 503
+        assert worker.get("/health").json()["status"] == "failed"
+        for answer in (worker.post(), worker.get("/v1/models"), worker.get("/nothing")):
+            assert answer.status_code == 503
+            assert "MODEL_NAME='x': no such model" in error(answer)["message"]
 
 
 def test_several_ports_are_served_alike() -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from worker import sse
 from worker.asgi import App, Receive, Send
 from worker.config import Settings
-from worker.errors import Json
+from worker.errors import ENGINE_DIED, LEAVING, Json, UnavailableError
 from worker.pace import paced
 from worker.service import Output, Service
 from worker.telemetry import Telemetry
@@ -60,8 +60,10 @@ def outputs(app: App, job_input: object, settings: Settings = Settings()) -> lis
     return asyncio.run(run())
 
 
-def service(attach: Callable[[], Awaitable[App]], settings: Settings) -> Service:
-    return Service(attach, settings, Telemetry("model", CollectorRegistry()))
+def service(
+    attach: Callable[[], Awaitable[App]], settings: Settings, is_dead: Callable[[], bool] = lambda: False
+) -> Service:
+    return Service(attach, settings, Telemetry("model", CollectorRegistry()), is_dead)
 
 
 def openai(**fields: Any) -> Json:
@@ -294,3 +296,76 @@ def test_what_became_of_a_job_is_told_once(
         outputs(app, job_input)
     (record,) = [record for record in caplog.records if record.name == "worker.telemetry"]
     assert (vars(record)["outcome"], vars(record)["status"]) == (outcome, status)
+
+
+# ---- The end of all jobs
+
+
+def ended_while_they_run(app: App, *job_inputs: Json) -> list[list[Output]]:
+    """Return what jobs yield that are ended with an error while the engine is silent."""
+
+    async def attach() -> App:
+        return app
+
+    async def run() -> list[list[Output]]:
+        answering = service(attach, Settings())
+
+        async def collect(job_input: Json) -> list[Output]:
+            return [output async for output in answering.handler({"id": "job", "input": job_input})]
+
+        tasks = [asyncio.create_task(collect(job_input)) for job_input in job_inputs]
+        await asyncio.sleep(0.1)
+        answering.end(UnavailableError(LEAVING))
+        late = await collect(CHAT)
+        return [*await asyncio.gather(*tasks), late]
+
+    return asyncio.run(run())
+
+
+async def silent(_scope: Any, receive: Receive, send: Send) -> None:
+    """Begin a stream, and go on when the client has left."""
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": sse.event(CHUNKS[0]), "more_body": True})
+    await receive()
+    await receive()
+
+
+async def mute(_scope: Any, receive: Receive, _send: Send) -> None:
+    """Begin nothing."""
+    await receive()
+    await receive()
+
+
+def test_what_runs_is_ended_with_an_error_in_its_own_form() -> None:
+    text, objects, late = ended_while_they_run(silent, openai(stream=True), {**CHAT, "stream": True})
+    assert text[0] == sse.event(CHUNKS[0]).decode()
+    assert LEAVING in str(text[1])
+    assert str(text[1]).endswith("data: [DONE]\n\n")
+    assert objects[0] == [CHUNKS[0]]
+    assert error_of(objects[-1])["message"] == LEAVING
+    assert error_of(late[0])["code"] == 503
+
+
+def test_what_has_not_begun_is_ended_too() -> None:
+    (waiting,), _ = ended_while_they_run(mute, openai())
+    assert error_of(waiting)["message"] == LEAVING
+
+
+def test_a_dead_engine_is_told_in_words_that_help() -> None:
+    async def attach() -> App:
+        return answer(b'{"error": {"message": "EngineCore encountered an issue.", "code": 500}}', 500)
+
+    async def run() -> list[Output]:
+        answering = service(attach, Settings(), is_dead=lambda: True)
+        return [output async for output in answering.handler({"id": "job", "input": CHAT})]
+
+    (output,) = asyncio.run(run())
+    assert error_of(output)["message"] == ENGINE_DIED
+
+
+def test_an_event_larger_than_a_yield_is_cut() -> None:
+    event = sse.event({"choices": [{"text": "\u4e16\n" * 400_000}]})
+    texts = outputs(stream(event, sse.DONE), openai(stream=True))
+    assert "".join(map(str, texts)).encode() == event + sse.DONE
+    assert max(len(json.dumps(text, ensure_ascii=False).encode()) for text in texts) <= 1_000_000

@@ -21,6 +21,7 @@ from worker.model import fit, preflight
 from worker.model.compile_cache import CompileCache, key_of
 from worker.model.weights import Weights
 from worker.monitor import Monitor
+from worker.service import Service
 from worker.sources import Sources
 from worker.status import Status
 from worker.telemetry import Telemetry
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 class Worker:
     """One engine, and what is told of it. Load it first, outside of any loop; attach it in the loop that serves."""
 
-    def __init__(self, settings: Settings, sources: Sources) -> None:
+    def __init__(self, settings: Settings, sources: Sources, cause: Path) -> None:
         self.settings = settings
+        self._cause = cause
         self._sources = sources
         self.status = Status()
         self.telemetry = Telemetry(settings.model_name)
@@ -95,8 +97,12 @@ class Worker:
                 with self.ledger.phase("compile cache"):
                     self._restored = self._compiled.restore()
             with self.ledger.phase("engine"):
-                self._engine = Engine.load(args, self.settings, meanwhile)
+                self._engine = Engine.load(args, self.settings, meanwhile, self._first_cause)
         gpu.register(self.telemetry.registry)
+
+    def _first_cause(self) -> str | None:
+        """Return what went wrong first, as the engine's processes have written it down."""
+        return self._cause.read_text() if self._cause.is_file() else None
 
     def _compile_cache(self, about: Callable[[], Json]) -> CompileCache | None:
         volume = Path(self.settings.base_path)
@@ -120,6 +126,10 @@ class Worker:
                 if self._compiled is not None:
                     threading.Thread(target=self._compiled.save, name="compile cache", daemon=True).start()
         return self._app
+
+    def service(self) -> Service:
+        """Return what answers jobs."""
+        return Service(self.attach, self.settings, self.telemetry, lambda: self.status.state == "dead")
 
     def shutdown(self) -> None:
         """End the engine's processes, if there are any."""

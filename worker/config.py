@@ -109,6 +109,14 @@ class Settings(BaseModel):
     """Videos in one request."""
     audio_limit: int | None = Field(default=None, ge=0)
     """Sounds in one request."""
+    drain_seconds: float | None = Field(default=None, ge=0)
+    """What runs is given to end when the worker is told to leave; by default 2.5 for the queue and 30 over HTTP."""
+    on_engine_death: Annotated[Literal["fail", "retry"], BeforeValidator(_lower)] = "fail"
+    """What becomes of a job that has said nothing yet when the engine dies: it fails, or is left to the platform."""
+    engine_stall_timeout: float = Field(default=300.0, gt=0)
+    """Seconds without any sign of an engine that has requests, after which it counts as dead."""
+    startup_failure: Annotated[Literal["report", "exit"], BeforeValidator(_lower)] = "report"
+    """Whether a worker that can never start tells the cause to its callers for a while, or leaves at once."""
     worker_job_loop: Literal["event", "sdk"] = "event"
     """Which loop takes jobs from the queue: the worker's own, or the SDK's."""
     allow_control_routes: Boolean = False
@@ -158,6 +166,14 @@ class Settings(BaseModel):
         if self.worker_mode != "auto":
             return self.worker_mode
         return "queue" if self.runpod_webhook_get_job else "http" if self.port else "local"
+
+    @property
+    def grace(self) -> float:
+        """Seconds for what runs when the worker is told to leave."""
+        if self.drain_seconds is not None:
+            return self.drain_seconds
+        # RunPod has been seen to remove a queue's container after three seconds.
+        return 30.0 if self.mode == "http" else 2.5
 
     @property
     def http_port(self) -> int:
@@ -217,6 +233,26 @@ def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
     # In a file it may have been said, too, and the Hub's library reads it here.
     token = {"HF_TOKEN": environ["HF_TOKEN"]} if "HF_TOKEN" in environ else {}
     return token | {name: value for name, value in defaults.items() if name not in environ}
+
+
+BARE = (
+    "MODEL_NAME",
+    "WORKER_MODE",
+    "RUNPOD_WEBHOOK_GET_JOB",
+    "RUNPOD_POD_ID",
+    "PORT",
+    "PORT_HEALTH",
+    "METRICS_PORT",
+    "WORKER_API_KEY",
+    "STARTUP_FAILURE",
+    "LOG_FORMAT",
+)
+"""What has to be known of a worker to say that the rest of its settings is wrong."""
+
+
+def bare(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings without which nobody can be told that the others are wrong."""
+    return {name: environ[name] for name in BARE if name in environ}
 
 
 def load(values: Mapping[str, str], told: Callable[[str], str] = str) -> Settings:

@@ -16,9 +16,15 @@ from typing import Any
 import aiohttp
 
 from worker.backoff import Backoff
+from worker.errors import ResultTooLargeError
 
 HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-8"}
 """As the SDK sends them; the body is JSON all the same."""
+
+YIELD_BYTES = 1_000_000
+RESULT_BYTES = 20_000_000
+"""What the platform takes at most."""
+TOO_LARGE = 413
 
 ATTEMPT_SECONDS = 60.0
 DEADLINE_SECONDS = 120.0
@@ -38,37 +44,48 @@ class Delivery:
 
     async def stream(self, job_id: str, output: Any) -> None:
         """Post one yield."""
-        await self._post(f"{self.stream_url.replace('$ID', job_id)}&isStream=false", job_id, {"output": output})
+        body = _encoded({"output": output})
+        if len(body) > YIELD_BYTES:
+            log.info("Job %s: a yield of %.1f MB is told with the job's end only", job_id, len(body) / 1e6)
+            return
+        await self._post(f"{self.stream_url.replace('$ID', job_id)}&isStream=false", job_id, body)
         self.posted()
 
     async def done(self, job_id: str, result: dict[str, Any]) -> None:
-        """Post a job's end: `{"output": [every yield]}` or `{"error": text}`."""
-        await self._post(f"{self.done_url.replace('$ID', job_id)}&isStream=true", job_id, result)
+        """Post a job's end: `{"output": [every yield]}` or `{"error": text}`; one that is too large, as an error."""
+        url, body = f"{self.done_url.replace('$ID', job_id)}&isStream=true", _encoded(result)
+        if len(body) > RESULT_BYTES or await self._post(url, job_id, body) == TOO_LARGE:
+            log.warning("Job %s: a result of %.1f MB is more than the platform takes", job_id, len(body) / 1e6)
+            await self._post(url, job_id, _encoded({"error": json.dumps(ResultTooLargeError(len(body)).error())}))
 
-    async def _post(self, url: str, job_id: str, value: dict[str, Any]) -> None:
-        """Post until the platform takes it, refuses it for good, or the deadline has passed."""
-        body = json.dumps(value, ensure_ascii=False).encode(errors="replace")
+    async def _post(self, url: str, job_id: str, body: bytes) -> int | None:
+        """Post until the platform takes it, refuses it for good, or the deadline has passed; return its refusal."""
         headers = {**HEADERS, "X-Request-ID": job_id}
         backoff = Backoff(first=0.2, most=10.0)
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                while (trouble := await self._attempt(url, headers, body)) is not None:
-                    log.warning("Job %s: the platform took no result (%s); trying again", job_id, trouble)
+                while isinstance(answer := await self._attempt(url, headers, body), str):
+                    log.warning("Job %s: the platform took no result (%s); trying again", job_id, answer)
                     await asyncio.sleep(backoff.next())
         except TimeoutError:
             log.error("Job %s: a result could not be delivered within %.0f s", job_id, DEADLINE_SECONDS)
+            return None
+        if answer < 400:
+            return None
+        log.error("Job %s: the platform refused a result with HTTP %d", job_id, answer)
+        return answer
 
-    async def _attempt(self, url: str, headers: dict[str, str], body: bytes) -> str | None:
-        """Post once; return what went wrong if another try may mend it."""
+    async def _attempt(self, url: str, headers: dict[str, str], body: bytes) -> int | str:
+        """Post once; return the status, or what went wrong if another try may mend it."""
         timeout = aiohttp.ClientTimeout(total=ATTEMPT_SECONDS)
         try:
             async with self.session.post(url, data=body, headers=headers, timeout=timeout) as answer:
-                if answer.status < 400:
-                    # Taken. A connection that breaks now must not make it be posted again.
-                    return None
+                # Once it is taken, a connection that breaks must not make it be posted again.
+                status = answer.status
         except (aiohttp.ClientError, TimeoutError) as error:
             return type(error).__name__
-        if answer.status == 429 or answer.status >= 500:
-            return f"HTTP {answer.status}"
-        log.error("Job %s: the platform refused a result with HTTP %d", headers["X-Request-ID"], answer.status)
-        return None
+        return f"HTTP {status}" if status == 429 or status >= 500 else status
+
+
+def _encoded(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")

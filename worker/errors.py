@@ -142,6 +142,20 @@ class UnavailableError(JobError):
     headers = MappingProxyType({"retry-after": "5"})
 
 
+ENGINE_DIED = "The worker's engine has died, and the worker leaves. Send the request again: another one will answer."
+LEAVING = "The worker has been told to leave before this was done. Send the request again: another one will answer."
+
+
+class StartFailedError(JobError):
+    """The worker can never answer: what it has been told is wrong, and somebody has to change it."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"The worker cannot start, and will not until its settings are changed: {cause}")
+
+
 class MediaError(JobError):
     """An image, a video or a sound that cannot be had or used; the message never tells what was found behind a link."""
 
@@ -198,6 +212,18 @@ class JobTimeoutError(JobError):
     def __init__(self, seconds: float) -> None:
         super().__init__(
             f"The request was ended after REQUEST_TIMEOUT={seconds:g} s. Ask for fewer tokens, or raise it."
+        )
+
+
+class ResultTooLargeError(JobError):
+    """The platform does not take so large a result."""
+
+    status = 413
+
+    def __init__(self, size: int) -> None:
+        super().__init__(
+            f"The result has {size / 1e6:.1f} MB, which is more than RunPod takes. Ask for a stream, for fewer tokens, "
+            "or for fewer log probabilities."
         )
 
 

@@ -5,6 +5,8 @@ stdout is left to a local run's result.
 
 import logging
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 Format = Literal["json", "text"]
@@ -46,28 +48,52 @@ class NoCallersErrors(logging.Filter):
         return not CALLERS_ERRORS & {one.__name__ for one in type(error).__mro__}
 
 
-def configuration(form: Format, level: str, vllm_level: str, log_prompts: bool) -> dict[str, Any]:
-    """Return a dictionary for `logging.config.dictConfig`, plain enough to be a JSON file that vLLM reads."""
+class CauseFile(logging.Handler):
+    """Writes the first exception that any process logs into a file, as `TYPE: MESSAGE`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(logging.ERROR)
+        self._path = Path(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write down the exception of a record, if it has one and is the first."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            # Nothing is worse off for a cause that nobody can write down, or that is there already.
+            with suppress(OSError), self._path.open("x") as file:
+                file.write(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def configuration(
+    form: Format, level: str, vllm_level: str, log_prompts: bool, cause: Path | None = None
+) -> dict[str, Any]:
+    """Return a dictionary for `logging.config.dictConfig`, plain enough to be a JSON file that vLLM reads.
+
+    The first exception that is logged is written to the file `cause`.
+    """
     # The SDK tells every job's input and output at its DEBUG level.
     sdk_level = "INFO" if level == "DEBUG" and not log_prompts else level
     levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level, LINK_LOGGER: "ERROR"}
     if log_prompts:
         levels[PROMPT_LOGGER] = "DEBUG"
+    handlers: dict[str, Any] = {
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "line",
+            "filters": ["callers"],
+            "stream": "ext://sys.stderr",
+        }
+    }
+    if cause is not None:
+        handlers["cause"] = {"()": f"{__name__}.{CauseFile.__name__}", "path": str(cause)}
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": _FORMATTERS[form]},
         "filters": {"callers": {"()": f"{__name__}.{NoCallersErrors.__name__}"}},
-        "handlers": {
-            "stderr": {
-                "class": "logging.StreamHandler",
-                "formatter": "line",
-                "filters": ["callers"],
-                "stream": "ext://sys.stderr",
-            }
-        },
+        "handlers": handlers,
         "loggers": {name: {"level": level, "handlers": [], "propagate": True} for name, level in levels.items()},
-        "root": {"handlers": ["stderr"], "level": "WARNING"},
+        "root": {"handlers": list(handlers), "level": "WARNING"},
     }
 
 

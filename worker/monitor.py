@@ -14,7 +14,7 @@ from worker.routes import OWN_ROUTES
 from worker.status import State, Status
 from worker.telemetry import Telemetry
 
-PING: dict[State, int] = {"loading": 204, "ready": 200, "draining": 503, "dead": 503}
+PING: dict[State, int] = {"loading": 204, "ready": 200, "draining": 503, "dead": 503, "failed": 503}
 """As RunPod's load balancer wants it: 204 while initializing, 200 when healthy."""
 
 ENGINE_GAUGES = {

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
@@ -21,7 +22,7 @@ from runpod.serverless.modules import rp_http, rp_job, rp_scale
 
 from worker.backoff import Backoff
 from worker.delivery import Delivery
-from worker.errors import EngineDiedError
+from worker.errors import ENGINE_DIED, LEAVING, EngineDiedError, JobError, UnavailableError
 from worker.service import Job
 
 T = TypeVar("T")
@@ -32,38 +33,45 @@ NO_JOB = (204, 400)
 INSTANT_SECONDS = 0.2
 """An empty answer that comes sooner is no long poll's; the next question waits until so much time has passed."""
 
+LAST_WORDS_SECONDS = 1.5
+"""For telling the platform that a job was ended."""
+
 log = logging.getLogger(__name__)
 
 
-def install(
-    runner: asyncio.Runner,
-    died: Callable[[], Coroutine[Any, Any, object]],
-    posted: Callable[[], None],
-    draining: Callable[[], None],
-) -> None:
-    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`, until `died()` returns.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the job loop is told by the rest of the worker, and tells it."""
 
-    `posted` is told of every part of a stream that is sent, and `draining` that no more jobs are taken.
-    """
-    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, died=died, posted=posted, draining=draining)
+    died: Callable[[], Coroutine[Any, Any, object]]
+    """Returns once the worker can answer no more; what it raises ends the worker."""
+    is_dead: Callable[[], bool]
+    """Whether that is so already."""
+    end: Callable[[JobError], None]
+    """Ends the jobs that run with an error."""
+    draining: Callable[[], None]
+    """Is told that no more jobs are taken."""
+    posted: Callable[[], None]
+    """Is told of every part of a stream that is posted."""
+    grace: float
+    """Seconds for the jobs that run when the platform stops the worker."""
+    leaves_jobs: bool = False
+    """Whether a job that has said nothing yet when the engine dies is left to the platform, which gives it again."""
+
+
+def install(runner: asyncio.Runner, surroundings: Surroundings) -> None:
+    """Make the SDK run its worker with `JobLoop`, in the loop of `runner`."""
+    rp_scale.JobScaler = functools.partial(JobLoop, runner=runner, surroundings=surroundings)
 
 
 class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     """Takes and runs jobs; `config` is what `runpod.serverless.start` was given."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        runner: asyncio.Runner,
-        died: Callable[[], Coroutine[Any, Any, object]],
-        posted: Callable[[], None],
-        draining: Callable[[], None],
-    ) -> None:
+    def __init__(self, config: dict[str, Any], runner: asyncio.Runner, surroundings: Surroundings) -> None:
         super().__init__(config)
-        self._posted = posted
-        self._draining = draining
+        self._surroundings = surroundings
         self._runner = runner
-        self._died = died
+        self._silent: set[str] = set()
         self._slots: int = self.concurrency_modifier(1)
         self._changed = asyncio.Event()
 
@@ -72,7 +80,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._runner.run(self.run())
 
     async def run(self) -> None:
-        """Take and run jobs until the shutdown signal, then let what runs come to its end.
+        """Take and run jobs until the shutdown signal, then give what runs some time to come to its end.
 
         Raises:
             EngineDiedError: the engine has died; what ran has failed.
@@ -80,25 +88,44 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.handle_shutdown, number, None)
         async with AsyncClientSession() as session:
-            shutdown, died, *polls = map(
-                asyncio.create_task,
-                (self._shutdown_event.wait(), self._died(), self.get_jobs(session), self.monitor_stop_signals(session)),
-            )
+            shutdown = asyncio.create_task(self._shutdown_event.wait())
+            died = asyncio.create_task(self._surroundings.died())
+            polls = [asyncio.create_task(poll(session)) for poll in (self.get_jobs, self.monitor_stop_signals)]
             await asyncio.wait([shutdown, died, *polls[:1]], return_when=asyncio.FIRST_COMPLETED)
-            self._draining()
+            self._surroundings.draining()
             ended = [task for task in (died, *polls) if task.done()]
+            is_told = shutdown.done()
             for task in (shutdown, died, *polls):
                 task.cancel()
-            await asyncio.wait([shutdown, died, *polls, *self.jobs_tasks.values()])
+            await asyncio.wait([shutdown, died, *polls])
+            if is_told and died not in ended:
+                await self._finish(self._surroundings.grace)
+            await self._end_jobs(ENGINE_DIED if died in ended else LEAVING)
         for task in ended:
             # A poll that ended by itself has failed in a way nobody foresaw: leave rather than go deaf.
             task.result()
         if died in ended:
             raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
 
+    async def _finish(self, seconds: float) -> None:
+        if self.jobs_tasks:
+            await asyncio.wait(self.jobs_tasks.values(), timeout=seconds)
+
+    async def _end_jobs(self, why: str) -> None:
+        """End what still runs, first with an error, then without a word."""
+        if self._surroundings.leaves_jobs and self._surroundings.is_dead():
+            for job_id in self._silent:
+                self.jobs_tasks[job_id].cancel()
+        self._surroundings.end(UnavailableError(why))
+        await self._finish(LAST_WORDS_SECONDS)
+        for job_id, task in self.jobs_tasks.items():
+            log.error("Job %s is left without an answer", job_id)
+            task.cancel()
+        await self._finish(LAST_WORDS_SECONDS)
+
     async def get_jobs(self, session: aiohttp.ClientSession) -> None:
         """Ask for as many jobs as there are free slots, for as long as the worker lives."""
-        delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL, self._posted)
+        delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL, self._surroundings.posted)
 
         async def take() -> list[Job] | None:
             free = await self._free_slots()
@@ -132,6 +159,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             log.warning("Job %s was given again while it runs; it will be answered once", job["id"])
             return
         self.job_progress.add(job["id"])
+        self._silent.add(job["id"])
         task = asyncio.create_task(self._run(job, delivery))
         self.jobs_tasks[job["id"]] = task
         task.add_done_callback(functools.partial(self._ended, job["id"]))
@@ -140,6 +168,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         if not task.cancelled() and (error := task.exception()):
             log.error("Job %s was left without an answer", job_id, exc_info=error)
         del self.jobs_tasks[job_id]
+        self._silent.discard(job_id)
         self.job_progress.remove(job_id)
         self._changed.set()
 
@@ -152,12 +181,22 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 if isinstance(output, dict) and output.get("error"):
                     result = {"error": output["error"]}
                     break
+                if self._is_left(job["id"]):
+                    return
+                self._silent.discard(job["id"])
                 outputs.append(output)
                 await delivery.stream(job["id"], output)
+        if "error" in result and self._is_left(job["id"]):
+            return
         if self.config.get("refresh_worker"):
             result["stopPod"] = True
             self.kill_worker()
         await delivery.done(job["id"], result)
+
+    def _is_left(self, job_id: str) -> bool:
+        """Tell whether a job has said nothing before the engine died, so that the platform may give it again."""
+        surroundings = self._surroundings
+        return surroundings.leaves_jobs and job_id in self._silent and surroundings.is_dead()
 
 
 async def _take(session: aiohttp.ClientSession, most: int) -> list[Job]:

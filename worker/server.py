@@ -25,6 +25,7 @@ from worker.errors import (
     JobTimeoutError,
     MethodNotAllowedError,
     RouteNotFoundError,
+    StartFailedError,
     UnauthorizedError,
     UnavailableError,
 )
@@ -45,7 +46,6 @@ BODIES_BYTES = 1 << 30
 """What the bodies that are being read may come to together."""
 SEND_SECONDS = 60.0
 """How long a client may take to read what it is sent before it counts as gone."""
-DRAIN_SECONDS = 30.0
 
 TRACE_HEADERS = (b"traceparent", b"tracestate")
 PREFLIGHT_HEADERS = {b"origin", b"access-control-request-method"}
@@ -84,6 +84,8 @@ class Gate:
         self._engine: App | None = None
         self._capacity = 0
         self._reading = 0
+        self._ended = asyncio.Event()
+        self._why = ""
         self.running = 0
         """Requests that the engine has now."""
 
@@ -93,7 +95,12 @@ class Gate:
         self._engine = engine
         self._capacity = concurrency + (4 * concurrency if waiting is None else waiting)
 
-    async def drained(self, seconds: float = DRAIN_SECONDS) -> None:
+    def end(self, why: str) -> None:
+        """End what the engine still works on, with an error."""
+        self._why = why
+        self._ended.set()
+
+    async def drained(self, seconds: float) -> None:
         """Wait until the engine has no more requests, but not for longer than so many seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -124,6 +131,8 @@ class Gate:
         if path in (*OWN_ROUTES, "/openapi.json"):
             _check_method(method, "GET", path)
             return await self._monitor(scope, receive, reply.send)
+        if self._status.failure is not None:
+            raise StartFailedError(self._status.failure)
         self._check_route(method, path, preflight)
         engine = self._ready_engine()
         if preflight:
@@ -163,16 +172,18 @@ class Gate:
 
         seconds = self._settings.request_timeout
         asked = asyncio.ensure_future(engine(scope, received, reply.send))
+        ended = asyncio.ensure_future(self._ended.wait())
         try:
-            await asyncio.wait({asked}, timeout=seconds)
-            if asked.done() or seconds is None:
+            await asyncio.wait({asked, ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
                 return asked.result()
             # To the engine the end of its time is its client's leaving, upon which it stops; being cancelled is not.
             reply.mute()
             expired.set()
             await asyncio.wait({asked}, timeout=DISCONNECT_SECONDS)
-            raise JobTimeoutError(seconds)
+            raise UnavailableError(self._why) if self._ended.is_set() or seconds is None else JobTimeoutError(seconds)
         finally:
+            ended.cancel()
             if not asked.done():
                 asked.cancel()
                 await asyncio.wait({asked})

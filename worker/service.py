@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 from worker import jobs, sse
 from worker.asgi import App, Request, Response, exchange
 from worker.config import Settings
-from worker.errors import EngineResponseError, InternalError, JobError, JobTimeoutError, Json
+from worker.errors import (
+    ENGINE_DIED,
+    EngineResponseError,
+    InternalError,
+    JobError,
+    JobTimeoutError,
+    Json,
+    UnavailableError,
+)
 from worker.logs import frames
 from worker.pace import Pace, paced
 from worker.telemetry import Record, Telemetry
@@ -23,12 +31,30 @@ log = logging.getLogger(__name__)
 
 
 class Service:
-    """Answers jobs through an engine's ASGI app, which `attach` gives once the event loop runs."""
+    """Answers jobs through an engine's ASGI app, which `attach` gives once the event loop runs.
 
-    def __init__(self, attach: Callable[[], Awaitable[App]], settings: Settings, telemetry: Telemetry) -> None:
+    What the engine says of its own death, as `is_dead` tells, is put in words that a caller can act on.
+    """
+
+    def __init__(
+        self,
+        attach: Callable[[], Awaitable[App]],
+        settings: Settings,
+        telemetry: Telemetry,
+        is_dead: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._attach = attach
         self._settings = settings
         self._telemetry = telemetry
+        self._is_dead = is_dead
+        self._limits: set[_Limit] = set()
+        self._ended: JobError | None = None
+
+    def end(self, error: JobError) -> None:
+        """End every job that runs, and every one that comes, with an error."""
+        self._ended = error
+        for limit in self._limits:
+            limit.expire(error)
 
     async def handler(self, job: Job) -> AsyncGenerator[Output, None]:
         """Yield a job's output; RunPod's generator handler.
@@ -44,7 +70,8 @@ class Service:
                 async with aclosing(self._answer(job_input, form, record)) as outputs:
                     async for output in outputs:
                         yield output
-            except JobError as error:
+            except JobError as told:
+                error = UnavailableError(ENGINE_DIED) if told.http_status >= 500 and self._is_dead() else told
                 record.ended_with(error.http_status)
                 for output in _failure(error, form):
                     yield output
@@ -57,10 +84,14 @@ class Service:
     async def _answer(
         self, job_input: object, form: jobs.StreamForm | None, record: Record
     ) -> AsyncGenerator[Output, None]:
+        if self._ended is not None:
+            raise self._ended
         call = jobs.parse(job_input, self._settings.allow_control_routes)
         record.path = call.path
-        limit = _TimeLimit(self._settings.request_timeout)
+        limit = _Limit(self._settings.request_timeout)
+        self._limits.add(limit)
         async with AsyncExitStack() as stack:
+            stack.callback(self._limits.remove, limit)
             app = await self._attach()
             paced.set(Pace(self._settings.stream_batch_ms / 1000) if self._settings.stream_batch_ms else None)
             opening = exchange(app, _request(call, record))
@@ -76,7 +107,10 @@ class Service:
             async for batch in _batches(response, limit):
                 if form == "sse":
                     status = sse.status_of(batch) or status
-                    yield b"".join(batch).decode()
+                    if status >= 500 and self._is_dead():
+                        raise UnavailableError(ENGINE_DIED)
+                    for text in sse.pieces(b"".join(batch).decode()):
+                        yield text
                     continue
                 chunks, error = _chunks(batch)
                 if chunks:
@@ -86,29 +120,39 @@ class Service:
             record.ended_with(status)
 
 
-class _TimeLimit:
+class _Limit:
     """Ends what a job waits for when its time is up. It never spans a yield, at which others' code would run."""
 
     def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
+        self._error: JobError | None = None if seconds is None else JobTimeoutError(seconds)
         self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        self._waiting: asyncio.Timeout | None = None
+
+    def expire(self, error: JobError) -> None:
+        """Have the time be up now, with an error that says why."""
+        self._error, self._deadline = error, asyncio.get_running_loop().time()
+        if self._waiting is not None and not self._waiting.expired():
+            self._waiting.reschedule(self._deadline)
 
     async def apply(self, work: Awaitable[T]) -> T:
         """Return the result of `work`.
 
         Raises:
-            JobTimeoutError: there is none in time.
+            JobError: there is none in time.
         """
         try:
-            async with asyncio.timeout_at(self._deadline) as limit:
+            async with asyncio.timeout_at(self._deadline) as waiting:
+                self._waiting = waiting
                 return await work
         except TimeoutError:
-            if self._seconds is None or not limit.expired():
+            if self._error is None or not waiting.expired():
                 raise
-            raise JobTimeoutError(self._seconds) from None
+            raise self._error from None
+        finally:
+            self._waiting = None
 
 
-async def _batches(response: Response, limit: _TimeLimit) -> AsyncIterator[list[bytes]]:
+async def _batches(response: Response, limit: _Limit) -> AsyncIterator[list[bytes]]:
     """Yield the stream's events in batches: each holds what has come while the one before was being posted."""
     splitter = sse.EventSplitter()
     while data := await limit.apply(response.read()):

@@ -11,6 +11,9 @@ from typing import Any
 MAX_BATCH_BYTES = 900_000
 """RunPod takes at most 1 MB in one yield; the rest is room for the envelope."""
 
+CHARACTER_BYTES = 6
+"""What a character takes at most within a JSON string: a control character is written as `\\u001f`."""
+
 DONE = b"data: [DONE]\n\n"
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n")
@@ -51,6 +54,15 @@ def batches(events: Iterable[bytes], limit: int = MAX_BATCH_BYTES) -> Iterator[l
         size += posted
     if batch:
         yield batch
+
+
+def pieces(text: str, limit: int = MAX_BATCH_BYTES) -> Iterator[str]:
+    """Cut text that takes more than `limit` bytes once posted; whoever reads the stream joins the pieces again."""
+    if posted_size(text.encode(errors="replace")) <= limit:
+        yield text
+        return
+    most = limit // CHARACTER_BYTES
+    yield from (text[start : start + most] for start in range(0, len(text), most))
 
 
 def posted_size(event: bytes) -> int:

@@ -10,7 +10,7 @@ from . import client_api, worker_api
 from .behaviour import RouteKind
 from .openai_proxy import openai
 from .platform import Platform, UnknownJobError
-from .wire import AsgiApp, ClientGoneError, Plain, Receive, RefusedError, Reply, Request, Send, json_reply
+from .wire import AsgiApp, ClientGoneError, Cut, Plain, Receive, RefusedError, Reply, Request, Send, json_reply
 
 Handler: TypeAlias = Callable[[Platform, Request], Awaitable[Reply]]
 
@@ -68,6 +68,8 @@ async def _reply(platform: Platform, verb: str, request: Request) -> Reply:
         route = _route(platform, verb, request)
         if route.kind is None:
             return await route.handler(platform, request)
+        if platform.behaviour.is_away:
+            await request.reset()
         request.fault = platform.behaviour.next_fault(route.kind)
         return await _with_fault(platform, route.handler, request)
     except UnknownJobError as error:
@@ -95,6 +97,8 @@ async def _with_fault(platform: Platform, handler: Handler, request: Request) ->
     fault = request.fault
     if fault.delay:
         await asyncio.sleep(fault.delay)
+    if fault.cut:
+        return Cut(await handler(platform, request), request)
     if not fault.replaces_reply:
         return await handler(platform, request)
     if fault.handled:

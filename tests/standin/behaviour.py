@@ -19,6 +19,8 @@ class Fault:
     body: bytes = b""
     reset: bool = False
     handled: bool = False
+    cut: bool = False
+    """The platform's own answer, of which half arrives before the connection is reset."""
     duplicate: bool = False
     """Of a take: the jobs that it hands out are handed out once more."""
 
@@ -48,6 +50,8 @@ class Behaviour:
     proxy_cancels: bool = True
     """Whether a client that leaves the `/openai` proxy cancels its job."""
     execution_timeout: float = 600.0
+    is_away: bool = False
+    """Whether every connection of the worker is reset, as by a platform that is not there."""
     api_key: str | None = None
     """Demanded of clients as `Bearer KEY`; without it every key, and none, is accepted."""
     run_limit: int = 10_000_000

@@ -1,6 +1,7 @@
 """A worker without an engine: its handler does what the job's input says. Run as a script, under the real SDK."""
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,6 +17,13 @@ class EchoHandler:
     def __init__(self) -> None:
         self.stopped: list[str] = []
         self.died = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.reason = ""
+
+    def end(self, error: Exception) -> None:
+        """End the jobs that hang."""
+        self.reason = str(error)
+        self.ended.set()
 
     async def handle(self, job: dict[str, Any]) -> AsyncIterator[Any]:
         """`count`: yields so many strings; `error`, `raise`: fails; `hang`: until stopped; `stopped`: tells which."""
@@ -26,6 +34,8 @@ class EchoHandler:
             case {"count": int(count)}:
                 for number in range(count):
                     yield f"part {number}"
+            case {"size": int(size)}:
+                yield "x" * size
             case {"sleep": float(seconds)}:
                 await asyncio.sleep(seconds)
                 yield "slept"
@@ -33,14 +43,17 @@ class EchoHandler:
                 yield {"error": message}
             case {"raise": str(message)}:
                 raise ValueError(message)
-            case {"hang": True}:
+            case {"hang": True, **rest}:
                 try:
-                    yield "hanging"
-                    await asyncio.Event().wait()
+                    if not rest.get("silent"):
+                        yield "hanging"
+                    await self.ended.wait()
+                    yield {"error": self.reason}
                 except (asyncio.CancelledError, GeneratorExit):
                     self.stopped.append(job["id"])
                     raise
             case {"die": True}:
+                yield "dying"
                 self.died.set()
                 yield {"error": "dead"}
             case {"stopped": True}:
@@ -66,7 +79,16 @@ def main(loop: str) -> None:
     if loop == "event":
         from worker import queue
 
-        queue.install(runner, handler.died.wait, posted=lambda: None, draining=lambda: None)
+        surroundings = queue.Surroundings(
+            died=handler.died.wait,
+            is_dead=handler.died.is_set,
+            end=handler.end,
+            draining=lambda: None,
+            posted=lambda: None,
+            grace=float(os.environ.get("DRAIN_SECONDS", "5")),
+            leaves_jobs=os.environ.get("ON_ENGINE_DEATH") == "retry",
+        )
+        queue.install(runner, surroundings)
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(

@@ -30,9 +30,10 @@ class ResettableProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {RESET_EXTENSION: {"reset": self._reset}}
+        self.scope["extensions"] = {RESET_EXTENSION: {"reset": self.reset}}
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """End the connection as if the other side were gone."""
         # Without lingering, the kernel answers with RST instead of an orderly end.
         connection = self.transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -77,6 +78,16 @@ class StandinServer:
         # Long polls are not waited for: the real platform does not say goodbye either.
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
+
+    def drop_connections(self) -> None:
+        """Reset every connection, as those of a worker are that was frozen for long."""
+
+        def drop() -> None:
+            for connection in list(self._server.server_state.connections):
+                if isinstance(connection, ResettableProtocol):
+                    connection.reset()
+
+        self.call(drop)
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function` in the platform's event loop and return its result."""

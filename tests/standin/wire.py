@@ -142,6 +142,25 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """An answer whose connection is reset after half of its body."""
+
+    reply: Reply
+    request: Request
+
+    async def send(self, send: Send) -> None:
+        async def half(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                return
+            body = message.get("body", b"")
+            await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
+            await self.request.reset()
+
+        await self.reply.send(half)
+
+
+@dataclass(frozen=True, slots=True)
 class EventStream:
     """Server-sent events, each part written out as soon as it is there."""
 

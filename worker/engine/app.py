@@ -33,7 +33,8 @@ from worker.asgi import App, Request, exchange
 from worker.config import MAX_CONCURRENCY, Settings
 from worker.engine import media
 from worker.engine.arguments import REFUSALS, changed, sentence
-from worker.engine.client import Client
+from worker.engine.causes import failure
+from worker.engine.client import Client, Silence
 from worker.errors import ConfigurationError, Json, StartupError
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,12 @@ class _Liveness:
 class Engine:
     """A loaded model and, once attached, vLLM's API over it."""
 
-    def __init__(self, client: AsyncLLM, args: argparse.Namespace, guard: media.Guard) -> None:
+    def __init__(
+        self, client: AsyncLLM, args: argparse.Namespace, guard: media.Guard, stall_seconds: float = float("inf")
+    ) -> None:
         self.client = client
+        self._silence = Silence(client)
+        self._stall_seconds = stall_seconds
         self._guard = guard
         self.args = args
         self._app: App | None = None
@@ -62,14 +67,21 @@ class Engine:
         self._lifespan: asyncio.Task[None] | None = None
 
     @classmethod
-    def load(cls, args: argparse.Namespace, settings: Settings, meanwhile: Callable[[], object]) -> "Engine":
+    def load(
+        cls,
+        args: argparse.Namespace,
+        settings: Settings,
+        meanwhile: Callable[[], object],
+        cause: Callable[[], str | None] = lambda: None,
+    ) -> "Engine":
         """Load the model: minutes for a large one. Call it outside of any event loop.
 
-        `meanwhile` is done while the engine's process loads, in a thread.
+        `meanwhile` is done while the engine's process loads, in a thread. `cause` tells what went wrong first in the
+        engine's processes.
 
         Raises:
-            ConfigurationError: vLLM refuses the combination of model and settings.
-            StartupError: the engine did not start.
+            ConfigurationError: vLLM refuses the combination of model and settings, or the model does not fit.
+            StartupError: the engine did not start for a reason that may pass.
         """
         if current_platform.is_unspecified():
             raise StartupError("vLLM sees no GPU. Give the container one (--gpus all), or use the image for CPUs.")
@@ -94,12 +106,12 @@ class Engine:
                 aggregate_engine_logging=args.aggregate_engine_logging,
             )
         except REFUSALS as error:
-            raise StartupError(f"The engine did not start: {sentence(error)}") from error
+            raise failure(sentence(error), cause()) from error
         finally:
             ended.set()
         guard = media.guard(settings, args.allowed_media_domains)
         media.install(guard)
-        return cls(client, args, guard)
+        return cls(client, args, guard, settings.engine_stall_timeout)
 
     @property
     def concurrency(self) -> int:
@@ -109,12 +121,15 @@ class Engine:
     @property
     def is_dead(self) -> bool:
         """Whether the engine can answer no more."""
-        return self._liveness.should_exit or self.client.errored
+        return self._liveness.should_exit or self.client.errored or self._silence.seconds > self._stall_seconds
 
     async def died(self) -> None:
-        """Return once the engine is dead."""
-        while not self.is_dead:  # noqa: ASYNC110 - vLLM has no event for it
+        """Return once the engine is dead, or has been silent for too long with requests before it."""
+        while not self.is_dead:
             await asyncio.sleep(DEATH_CHECK_SECONDS)
+            self._silence.pass_by(DEATH_CHECK_SECONDS)
+        if not self.client.errored:
+            log.error("The engine has been silent for %.0f s while requests wait", self._silence.seconds)
 
     async def attach(self) -> App:
         """Return vLLM's API as an ASGI app, built at the first call, in the loop that serves."""

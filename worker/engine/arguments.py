@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 import vllm
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.launchers.cli_args import (
     BaseFrontendArgs,
     FrontendArgs,
@@ -20,6 +22,7 @@ from vllm.exceptions import VLLMError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -65,6 +68,10 @@ def parse_arguments(said: Sources, settings: config.Settings) -> argparse.Namesp
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
+        if (template := load_chat_template(args.chat_template)) is not None:
+            _compile_jinja_template(template)
+    except TemplateError as error:
+        raise ConfigurationError(f"CHAT_TEMPLATE: no valid template: {sentence(error)}") from error
     except (argparse.ArgumentError, *REFUSALS) as error:
         raise ConfigurationError(_without_values(sentence(error))) from error
     if (args.enable_log_requests or args.enable_log_outputs) and not settings.log_prompts:

@@ -39,6 +39,26 @@ class Client(AsyncLLM):
         return [state for state in states if state is not None]
 
 
+class Silence:
+    """For how long an engine that has requests has said nothing: no token, and no step of its scheduler."""
+
+    def __init__(self, client: AsyncLLM) -> None:
+        self.seconds = 0.0
+        self._client = client
+        get = client.engine_core.get_output_async
+
+        async def heard() -> Any:
+            outputs = await get()
+            self.seconds = 0.0
+            return outputs
+
+        client.engine_core.get_output_async = heard
+
+    def pass_by(self, seconds: float) -> None:
+        """Count so many seconds: not by a clock, which runs on while the whole worker is frozen."""
+        self.seconds = self.seconds + seconds if self._client.output_processor.has_unfinished_requests() else 0.0
+
+
 class _Collector(RequestOutputCollector):
     """Collects a request's outputs in the place of vLLM's own collector, and remembers why the request ended."""
 
