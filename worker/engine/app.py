@@ -23,7 +23,6 @@ from starlette.applications import Starlette
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.system_utils import set_ulimit
@@ -35,6 +34,7 @@ from worker.engine import media
 from worker.engine.arguments import REFUSALS, changed, sentence
 from worker.engine.causes import failure
 from worker.engine.client import Client, Silence
+from worker.engine.versions import propagate_flash_late_interaction
 from worker.errors import ConfigurationError, Json, StartupError
 
 log = logging.getLogger(__name__)

@@ -19,14 +19,13 @@ from vllm.entrypoints.launchers.cli_args import (
 )
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.exceptions import VLLMError
-from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
-from vllm.renderers.chat_utils import load_chat_template
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import config, flags, sources
+from worker.engine.versions import configure_logging_from_args, load_chat_template
 from worker.errors import ConfigurationError, Json
 from worker.model.fit import Plan, language_parts
 from worker.sources import Sources
