@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check conformance bench bench-coldstart endurance cancellation monitoring local-endpoint lock model clean
+.PHONY: help setup run test check conformance bench bench-coldstart endurance soak fuzz cancellation audit monitoring local-endpoint lock model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -67,8 +67,19 @@ bench-coldstart: setup ## Compare the time from the start to the first token wit
 endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
 	@$(BIN)/python -m bench.endurance
 
+soak: setup ## Run mixed jobs, cancels and faults for a quarter of an hour; SOAK="--minutes 1" for less
+	@$(BIN)/python -m bench.soak $(SOAK)
+
+fuzz: setup ## Fuzz what reads callers' words, guided by coverage; FUZZ_SECONDS=60
+	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python atheris==3.0.0
+	@mkdir -p .fuzz && $(BIN)/python -m tests.fuzz.guided .fuzz -max_total_time=$(or $(FUZZ_SECONDS),60) -timeout=10
+
 cancellation: setup ## Measure how soon a cancelled job makes room for the next
 	@$(BIN)/python -m bench.cancellation
+
+audit: setup ## Look for known weaknesses in what the image installs; needs access to the advisories
+	@$(BIN)/uv tool run --quiet pip-audit==2.10.1 --disable-pip --no-deps --requirement builder/requirements.txt
 
 monitoring: setup ## Run Prometheus, from Debian's packages, on the scrape configuration and the rules
 	@mkdir -p .prometheus && cd .prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .
@@ -82,4 +93,4 @@ model: setup ## Train the embedded model anew; the result must be the same
 	@$(BIN)/python tests/models/train_tiny_vlm.py
 
 clean: ## Remove what setup and runs made
-	rm -rf .venv .venv-* .run.log .prometheus .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-* .run.log .prometheus .fuzz .mypy_cache .ruff_cache .pytest_cache

@@ -206,8 +206,13 @@ DOWNLOAD = """
 import os
 from worker import config
 from worker.model import repositories, weights
+from worker.errors import StartupError
 settings = config.load(os.environ)
-print(weights.download(repositories.model(settings, os.environ), settings, os.environ))
+try:
+    print(weights.download(repositories.model(settings, os.environ), settings, os.environ))
+except StartupError as error:
+    print(error)
+    raise SystemExit(error.exit_code)
 """
 
 
@@ -245,6 +250,22 @@ def test_a_download_that_is_killed_leaves_nothing_that_looks_complete(hub: Hub, 
     hub.seconds = 0.0
     code, folder = resolve(hub.port, None, **said)
     assert (code, snapshots.is_complete(Path(folder), WANTED)) == (0, True)
+
+
+FULL_DISK = """
+from pathlib import Path
+opened = Path.open
+Path.open = lambda path, *how, **more: opened(Path("/dev/full") if path.suffix == ".incomplete" else path, *how, **more)
+"""
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing_that_looks_complete(hub: Hub, tmp_path: Path) -> None:
+    """Files are written to a device that is always full."""
+    hub.files = MODEL
+    code, told = run(FULL_DISK + DOWNLOAD, hub.port, tmp_path, MODEL_NAME="org/model")
+    assert (code, told) == (1, "org/model cannot be downloaded: No space left on device: the Hub's cache")
+    caches = snapshots.caches(config.load({"MODEL_NAME": "org/model"}), {"HF_HOME": str(tmp_path)})
+    assert snapshots.find(WANTED, caches) is None
 
 
 def test_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -27,37 +26,32 @@ def path_of(body: bytes, link: str) -> str | None:
 
     Returns None if there is none.
     """
-    for path, text in islice(_strings(_json(body), ""), MAX_VISITED):
-        if text and (text == link or (link.startswith("data:") and link.endswith(f",{text}"))):
+    for path, text in _values(body):
+        if not isinstance(text, str) or not text:
+            continue
+        if text == link or (link.startswith("data:") and link.endswith(f",{text}")):
             return path[: path.rindex("]") + 1] if "]" in path else path
     return None
 
 
 def paths_of(body: bytes, kind: Kind) -> list[str]:
     """Return the paths of all parts of a kind, in order."""
-    parts = islice(_objects(_json(body), ""), MAX_VISITED)
-    return [path for path, part in parts if part.get("type") in KEYS[kind]]
+    types = ((path, part.get("type")) for path, part in _values(body) if isinstance(part, dict))
+    return [path for path, named in types if isinstance(named, str) and named in KEYS[kind]]
 
 
-def _json(body: bytes) -> Any:
+def _values(body: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield the values of a JSON body with their paths, in order; however deep, but not however many."""
     try:
-        return json.loads(body)
-    except ValueError:
-        return None
-
-
-def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """Yield every path with its string, empty for what is none."""
-    yield path, value if isinstance(value, str) else ""
-    for name, item in _items(value):
-        yield from _strings(item, _joined(path, name))
-
-
-def _objects(value: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every path with its object, empty for what is none."""
-    yield path, value if isinstance(value, dict) else {}
-    for name, item in _items(value):
-        yield from _objects(item, _joined(path, name))
+        waiting = [("", json.loads(body))]
+    except (ValueError, RecursionError):
+        return
+    for _ in range(MAX_VISITED):
+        if not waiting:
+            return
+        path, value = waiting.pop()
+        yield path, value
+        waiting += [(_joined(path, name), item) for name, item in reversed(list(_items(value)))]
 
 
 def _items(value: Any) -> Iterator[tuple[str | int, Any]]:

@@ -178,7 +178,8 @@ def download(wanted: Repository, settings: Settings, environ: Mapping[str, str])
             if explained := _explained(cause, wanted):
                 raise ConfigurationError(explained) from None
             if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
-                raise StartupError(f"{name} cannot be downloaded: {cause.strerror}: {cause.filename}") from error
+                where = cause.filename or snapshots.download_folder(settings, environ) or "the Hub's cache"
+                raise StartupError(f"{name} cannot be downloaded: {cause.strerror}: {where}") from error
             if last:
                 raise StartupError(
                     f"{wanted.variable}={name!r} is in no local cache and could not be fetched from the Hugging Face "
