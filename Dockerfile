@@ -11,7 +11,7 @@ ARG VLLM_TAG=v0.32.0
 FROM ${VLLM_REPOSITORY}:${VLLM_TAG} AS base
 ENV VLLM_CACHE_ROOT=/var/cache/vllm PYTHONUNBUFFERED=1
 WORKDIR /worker
-RUN useradd --create-home --shell /usr/sbin/nologin worker
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin worker
 COPY builder/requirements.txt builder/install.py builder/
 RUN python3 builder/install.py builder/requirements.txt
 RUN python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash \
@@ -37,7 +37,7 @@ LABEL org.opencontainers.image.title="RunPod vLLM worker" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 ENV MODEL_NAME=${MODEL_NAME} MODEL_REVISION=${MODEL_REVISION}
-COPY --link --from=model /models /models
+COPY --link --chown=10001:10001 --from=model /models /models
 COPY handler.py test_input.json ./
 COPY builder/entrypoint.sh builder/healthcheck.py builder/
 COPY worker worker
@@ -52,7 +52,7 @@ WORKDIR /worker
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libgl1 libglib2.0-0 libnuma1 util-linux \
  && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --shell /usr/sbin/nologin worker
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin worker
 COPY builder/requirements-cpu.txt builder/
 RUN python3 -m pip install --no-cache-dir --no-deps --requirement builder/requirements-cpu.txt
 COPY builder/inspect_models.py builder/

@@ -6,6 +6,7 @@ What vLLM's own image holds stays in the version that vLLM was built and tested 
 import subprocess
 import sys
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -17,8 +18,8 @@ def main(file: Path) -> int:
     before = installed()
     lacking = missing(file.read_text(), before)
     if lacking:
-        command = [sys.executable, "-m", "pip", "install", "--no-cache-dir", "--no-deps", *lacking]
-        subprocess.run(command, check=True)
+        pip = [sys.executable, "-m", "pip", "install"] if find_spec("pip") else ["uv", "pip", "install", "--system"]
+        subprocess.run([*pip, "--no-cache-dir", "--no-deps", *lacking], check=True)
     if changed := replaced(before, installed()):
         sys.stderr.write(f"Packages of the base image were replaced: {', '.join(changed)}\n")
         return 1
