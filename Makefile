@@ -8,7 +8,7 @@ BIN := .venv/bin
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check conformance bench bench-coldstart endurance soak fuzz cancellation audit monitoring local-endpoint lock model clean
+.PHONY: help setup run test check clients conformance bench bench-coldstart endurance soak fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -41,6 +41,15 @@ check: setup ## Lint, types, and whether vLLM and the SDK still are what the cod
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_drift.py
+
+clients: setup .venv-clients/.ready ## Try the worker with the clients that people use, in an environment of their own
+	@$(BIN)/python -m pytest tests/test_clients.py
+
+.venv-clients/.ready: builder/requirements-clients.txt | setup
+	@echo "Installing the clients of $<"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-clients
+	@$(BIN)/uv pip install --quiet --python .venv-clients/bin/python --no-deps --requirement $<
+	@touch $@
 
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
 	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
@@ -85,9 +94,23 @@ monitoring: setup ## Run Prometheus, from Debian's packages, on the scrape confi
 	@mkdir -p .prometheus && cd .prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .
 	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(BIN)/python -m pytest tests/test_monitoring.py
 
+browser: setup ## Install Chromium from Debian's packages for the playground's test
+	@[ "$$(id -u)" = 0 ] || \
+	  { echo "Only root may: sudo apt-get update && sudo apt-get install --yes chromium chromium-driver"; exit 1; }
+	@apt-get update -qq && apt-get install --yes --no-install-recommends chromium chromium-driver
+
 lock: setup ## Compile the requirements anew
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \
 	  --override builder/overrides.txt --output-file $(LOCK) builder/requirements-cpu.in
+
+generate: setup ## Write anew what repeats the settings: the Hub's listings, docs/configuration.md, .env.example
+	@$(BIN)/python builder/generate.py 2>/dev/null
+
+generated: setup ## Whether what is generated is current
+	@$(BIN)/python builder/generate.py --check 2>/dev/null
+
+release-check: setup ## Run every gate and print one table; RELEASE="check test" for some of them
+	@$(BIN)/python builder/release_check.py $(RELEASE)
 
 model: setup ## Train the embedded model anew; the result must be the same
 	@$(BIN)/python tests/models/train_tiny_vlm.py

@@ -96,7 +96,13 @@ def run(worker: Worker, chosen: argparse.Namespace, wrong: ConfigurationError | 
         gate = Gate(worker.monitor, worker.status, worker.telemetry, settings, offers_engine=mode == "http")
         if mode == "http":
             ports.insert(0, settings.http_port)
-        server = stack.enter_context(HttpServer(gate, ports)) if ports else None
+        server = None
+        try:
+            server = stack.enter_context(HttpServer(gate, ports)) if ports else None
+        except ConfigurationError as error:
+            if mode == "http":
+                raise
+            wrong = wrong or error
         stack.callback(worker.shutdown)
         try:
             if wrong is not None:

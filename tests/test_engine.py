@@ -178,6 +178,36 @@ def test_how_many_gpus(
     assert (args.mm_encoder_tp_mode == "data") is (used > 1)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "widths", "used"),
+    [
+        pytest.param({"weight_block_size": [128, 128]}, {"moe_intermediate_size": 1536}, 4, id="blocks of experts"),
+        pytest.param({"weight_block_size": [128, 128]}, {"intermediate_size": 12288}, 8, id="blocks"),
+        pytest.param({"group_size": 128}, {"intermediate_size": 29568}, 1, id="groups that cannot be divided"),
+        pytest.param({"group_size": 128}, {"intermediate_size": 29696}, 8, id="groups that can"),
+        pytest.param({"group_size": -1}, {"intermediate_size": 29568}, 8, id="no groups"),
+    ],
+)
+def test_blocks_of_quantized_layers_are_not_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: dict[str, Any], widths: dict[str, int], used: int
+) -> None:
+    monkeypatch.setattr(arguments, "current_platform", SimpleNamespace(is_cpu=lambda: False, device_count=lambda: 8))
+    sizes = {"num_attention_heads": 64, "num_key_value_heads": 8, **widths, "quantization_config": scheme}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    said = sources.gather({"MODEL_NAME": "org/tiny"})
+    args = parse_arguments(said, config.load(said.values))
+    place(args, said, {"org/tiny": tmp_path})
+    assert args.tensor_parallel_size == used
+
+
+def test_what_is_told_of_arguments_can_be_said_again() -> None:
+    told = changed(parsed(LORA_MODULES="a=/p", ENABLE_LORA="true", STRUCTURED_OUTPUTS_CONFIG='{"backend": "guidance"}'))
+    said = {name.upper(): json.dumps(told[name]) for name in ("lora_modules", "structured_outputs_config")}
+    again = changed(parsed(ENABLE_LORA="true", **said))
+    assert again == told
+    assert again["lora_modules"][0]["path"] == "/p"
+
+
 def test_limits_of_media_have_short_names() -> None:
     args = parse(IMAGE_LIMIT="5", VIDEO_LIMIT="1", VIDEO_MAX_FRAMES="16")
     assert args["limit_mm_per_prompt"] == {"image": 5, "video": 1}

@@ -18,7 +18,7 @@ CONFIG = {
     "hidden_size": 3584,
     "max_position_embeddings": 32_768,
 }
-PLAN = Plan(1, 0.9, None, "bfloat16", "auto")
+PLAN = Plan(1, 1, 0.9, None, "bfloat16", "auto")
 
 
 def model(folder: Path, size: int, config: dict[str, Any] = CONFIG) -> Path:
@@ -48,11 +48,11 @@ def test_a_context_that_is_too_long_is_told_which_would_fit(tmp_path: Path) -> N
 
 def test_weights_that_are_too_large(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="a quantized variant"):
-        fit.check(model(tmp_path, 140_000_000_000), Plan(1, 0.9, 4096, "bfloat16", "auto"), [GPU, GPU])
+        fit.check(model(tmp_path, 140_000_000_000), Plan(1, 1, 0.9, 4096, "bfloat16", "auto"), [GPU, GPU])
 
 
 def test_a_context_as_long_as_there_is_room_for(tmp_path: Path) -> None:
-    estimate = fit.check(model(tmp_path, 19_500_000_000), Plan(1, 0.9, 0, "bfloat16", "auto"), [GPU])
+    estimate = fit.check(model(tmp_path, 19_500_000_000), Plan(1, 1, 0.9, 0, "bfloat16", "auto"), [GPU])
     assert estimate is not None
     assert estimate.cache == 0
 
@@ -64,7 +64,7 @@ def test_weights_that_are_halved_while_they_are_loaded(tmp_path: Path) -> None:
 
 
 def test_several_gpus_share(tmp_path: Path) -> None:
-    plan = Plan(8, 0.9, 4096, "bfloat16", "auto")
+    plan = Plan(8, 1, 0.9, 4096, "bfloat16", "auto")
     estimate = fit.check(model(tmp_path, 140_000_000_000), plan, [GPU] * 8)
     assert estimate is not None
     assert estimate.weights == 17.5e9
@@ -74,16 +74,22 @@ def test_several_gpus_share(tmp_path: Path) -> None:
     ("config", "plan", "size"),
     [
         pytest.param({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, PLAN, 28 * 576 * 2, id="latent attention"),
-        pytest.param({}, Plan(1, 0.9, None, "bfloat16", "fp8"), 28_672, id="a cache of 8 bits"),
-        pytest.param({}, Plan(1, 0.9, None, "float32", "auto"), 114_688, id="32 bits"),
+        pytest.param({}, Plan(1, 1, 0.9, None, "bfloat16", "fp8"), 28_672, id="a cache of 8 bits"),
+        pytest.param({}, Plan(1, 1, 0.9, None, "float32", "auto"), 114_688, id="32 bits"),
         pytest.param({"head_dim": 64}, PLAN, 28_672, id="smaller heads"),
+        pytest.param({}, Plan(2, 1, 0.9, None, "bfloat16", "auto"), 28_672, id="heads divided"),
+        pytest.param({}, Plan(8, 1, 0.9, None, "bfloat16", "auto"), 14_336, id="more GPUs than heads of keys"),
+        pytest.param({}, Plan(2, 2, 0.9, None, "bfloat16", "auto"), 14_336, id="layers divided"),
+        pytest.param(
+            {"kv_lora_rank": 512}, Plan(4, 1, 0.9, None, "bfloat16", "auto"), 28 * 512 * 2, id="latent on every GPU"
+        ),
         pytest.param(
             {"sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"]}, PLAN, 2_048, id="window"
         ),
     ],
 )
 def test_what_a_token_takes(tmp_path: Path, config: dict[str, Any], plan: Plan, size: int) -> None:
-    estimate = fit.check(model(tmp_path, 1000, {"text_config": CONFIG | config}), plan, [GPU])
+    estimate = fit.check(model(tmp_path, 1000, {"text_config": CONFIG | config}), plan, [GPU] * plan.gpus)
     assert estimate is not None
     assert estimate.cache == size * 32_768
 

@@ -369,3 +369,10 @@ def test_an_event_larger_than_a_yield_is_cut() -> None:
     texts = outputs(stream(event, sse.DONE), openai(stream=True))
     assert "".join(map(str, texts)).encode() == event + sse.DONE
     assert max(len(json.dumps(text, ensure_ascii=False).encode()) for text in texts) <= 1_000_000
+
+
+def test_a_route_for_models_of_another_kind() -> None:
+    (output,) = outputs(answer(b'{"detail":"Not Found"}', 404), {"route": "/v1/embeddings", "body": {"input": "Hello"}})
+    error = error_of(output)
+    assert (error["code"], error["type"]) == (404, "NotFoundError")
+    assert "does not answer '/v1/embeddings'" in error["message"]

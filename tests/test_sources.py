@@ -133,3 +133,9 @@ def test_near_misses_are_named_with_what_was_probably_meant() -> None:
 
 def test_values_are_not_shown() -> None:
     assert "s3cret" not in repr(gather({"HF_TOKEN": "s3cret"}))
+
+
+def test_what_a_cluster_sets_counts_where_a_cluster_is_meant() -> None:
+    cluster = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+    assert not cluster.keys() & gather(cluster).values.keys()
+    assert gather({**cluster, "NNODES": "2"}).values["NODE_RANK"] == "1"

@@ -73,6 +73,16 @@ class RouteNotFoundError(JobError):
         super().__init__(f"No route {path!r}. Routes: {', '.join(routes)}.")
 
 
+class NotOfThisModelError(JobError):
+    """The route is there for models of another kind."""
+
+    status = 404
+    type = "NotFoundError"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"The model that is loaded does not answer {path!r}, which is for models of another kind.")
+
+
 class MethodNotAllowedError(JobError):
     """The route is there, for another method."""
 

@@ -13,7 +13,9 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Self
 
-from worker import sse
+from fastapi.responses import HTMLResponse
+
+from worker import playground, sse
 from worker.asgi import DISCONNECT_SECONDS, App, Message, Receive, Send
 from worker.config import Settings
 from worker.errors import (
@@ -81,6 +83,8 @@ class Gate:
         self._offers_engine = offers_engine
         self._body_seconds = body_seconds
         self._keys = [key.encode() for key in settings.worker_api_key]
+        # The page holds nothing that a key would have to protect; whoever uses it is asked for one.
+        self._playground = _playground() if offers_engine and settings.playground else None
         self._engine: App | None = None
         self._capacity = 0
         self._reading = 0
@@ -125,6 +129,8 @@ class Gate:
 
     async def _answer(self, scope: Message, headers: Headers, receive: Receive, reply: "_Reply") -> None:
         method, path = scope["method"], scope["path"]
+        if self._playground is not None and (method, path) == ("GET", "/"):
+            return await self._playground(scope, receive, reply.send)
         preflight = method == "OPTIONS" and headers.keys() >= PREFLIGHT_HEADERS
         if path not in UNPROTECTED and not preflight:
             self._authorize(headers)
@@ -241,6 +247,12 @@ class Gate:
     def _check_capacity(self) -> None:
         if self.running >= self._capacity:
             raise BusyError(self.running)
+
+
+def _playground() -> App:
+    """Return an app that answers with the page."""
+    body, headers = playground.page("v1")
+    return HTMLResponse(body, headers=headers)
 
 
 def _with_headers(scope: Message, headers: dict[str, str]) -> Message:

@@ -17,6 +17,7 @@ from worker.errors import (
     JobError,
     JobTimeoutError,
     Json,
+    NotOfThisModelError,
     UnavailableError,
 )
 from worker.logs import frames
@@ -97,7 +98,7 @@ class Service:
             opening = exchange(app, _request(call, record))
             response = await limit.apply(stack.enter_async_context(opening))
             if response.status >= 400:
-                raise _error(response.status, await response.read_all())
+                raise _error(response.status, await response.read_all(), call.path)
             record.stream = response.is_event_stream
             if not record.stream:
                 yield _value(response, await limit.apply(response.read_all()))
@@ -205,11 +206,13 @@ def _engine_error(status: int, value: object) -> EngineResponseError | None:
     return EngineResponseError(status if status >= 400 else value["error"].get("code", 500), value)
 
 
-def _error(status: int, body: bytes) -> JobError:
+def _error(status: int, body: bytes, path: str) -> JobError:
     try:
         value = json.loads(body)
     except ValueError:
         value = None
+    if status == NotOfThisModelError.status and value == {"detail": "Not Found"}:
+        return NotOfThisModelError(path)
     told = body.decode(errors="replace") or f"The engine answered with HTTP status {status}."
     return _engine_error(status, value) or EngineResponseError(status, {"error": {"message": told}})
 

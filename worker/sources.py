@@ -36,6 +36,8 @@ OLD_LIMITS = re.compile(r"\w+=\d+(,\w+=\d+)*")
 """How vLLM once had `LIMIT_MM_PER_PROMPT`, which is JSON now."""
 IN_FILES_ONLY = frozenset({"MODEL"})
 """Aliases that are too common a word to count in an environment."""
+OF_A_CLUSTER = frozenset({"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"})
+"""Variables that RunPod sets on every machine of a cluster; they are vLLM's flags only where NNODES is said."""
 OTHERS = (
     "VLLM_",
     "HF_",
@@ -90,7 +92,8 @@ def gather(environ: Mapping[str, str]) -> Sources:
         for name, more in renamed:
             add(more, name if origin == ENVIRONMENT else origin)
 
-    take({name: value for name, value in environ.items() if value.strip() and name not in IN_FILES_ONLY}, ENVIRONMENT)
+    others = IN_FILES_ONLY if environ.get("NNODES") else IN_FILES_ONLY | OF_A_CLUSTER
+    take({name: value for name, value in environ.items() if value.strip() and name not in others}, ENVIRONMENT)
     if path := values.get("VLLM_CONFIG_FILE"):
         take(_read(Path(path)), Path(path).name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")

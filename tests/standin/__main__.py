@@ -64,7 +64,8 @@ def _instructions(server: StandinServer) -> str:
     return (
         f"The worker is ready.\n"
         f"  OpenAI clients: base_url={server.openai_base_url} and any API key\n"
-        f"  curl -s '{server.endpoint_url}/runsync' -H 'Content-Type: application/json' -d '{{\"input\": {{…}}}}'"
+        f"  curl -s '{server.endpoint_url}/runsync' -H 'Content-Type: application/json' -d '{{\"input\": {{…}}}}'\n"
+        f"  A page to try the model: {server.url}/"
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from worker.playground import page
+
 from . import client_api, worker_api
 from .behaviour import RouteKind
 from .openai_proxy import openai
@@ -24,6 +26,13 @@ class Route:
     kind: RouteKind | None = None
 
 
+async def playground(platform: Platform, _: Request) -> Reply:
+    """Not RunPod's: the page to try the model, which is at no other place than `/`."""
+    body, headers = page(f"v2/{platform.endpoint}/openai/v1")
+    return Plain(200, body, b"text/html; charset=utf-8", headers)
+
+
+PLAYGROUND = "/"
 GET, POST, BOTH = frozenset({"GET"}), frozenset({"POST"}), frozenset({"GET", "POST"})
 
 ROUTES: Mapping[str, Route] = MappingProxyType(
@@ -44,6 +53,7 @@ ROUTES: Mapping[str, Route] = MappingProxyType(
         "health": Route(client_api.health, GET),
         "openai": Route(openai),
         "records": Route(client_api.records, GET),
+        PLAYGROUND: Route(playground, GET),
     }
 )
 
@@ -88,7 +98,8 @@ def _route(platform: Platform, verb: str, request: Request) -> Route:
     if route.methods and request.method not in route.methods:
         raise RefusedError(405, f"{request.method} is not a method of this route")
     key = platform.behaviour.api_key
-    if key is not None and route.kind is None and request.header(b"authorization") != f"Bearer {key}":
+    guarded = route.kind is None and verb != PLAYGROUND
+    if key is not None and guarded and request.header(b"authorization") != f"Bearer {key}":
         raise RefusedError(401, "the API key is missing or wrong")
     return route
 
@@ -111,7 +122,9 @@ async def _with_fault(platform: Platform, handler: Handler, request: Request) ->
 
 
 def _split(endpoint: str, path: str) -> tuple[str, str]:
-    """The verb of `/v2/ENDPOINT/VERB/REST`, and the rest; an empty verb for anything else."""
+    """The verb of `/v2/ENDPOINT/VERB/REST`, and the rest; `/` is its own verb, and for anything else it is empty."""
+    if path == PLAYGROUND:
+        return PLAYGROUND, ""
     prefix = f"/v2/{endpoint}/"
     verb, _, rest = path.removeprefix(prefix).partition("/")
     return (verb, rest) if path.startswith(prefix) else ("", "")

@@ -2,8 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
@@ -132,9 +132,12 @@ class Plain:
     status: int = 200
     body: bytes = b""
     content_type: bytes = b"application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """What is sent besides the type and the length."""
 
     async def send(self, send: Send) -> None:
         headers = [(b"content-type", self.content_type)]
+        headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         if self.status != 204:
             headers.append((b"content-length", b"%d" % len(self.body)))
         await send({"type": "http.response.start", "status": self.status, "headers": headers})

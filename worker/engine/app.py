@@ -116,7 +116,9 @@ class Engine:
     @property
     def concurrency(self) -> int:
         """Jobs to take at once: twice what the engine runs, so that it always has a next one waiting."""
-        return min(2 * self.client.vllm_config.scheduler_config.max_num_seqs, MAX_CONCURRENCY)
+        settings = self.client.vllm_config
+        at_once = settings.scheduler_config.max_num_seqs * settings.parallel_config.data_parallel_size
+        return min(2 * at_once, MAX_CONCURRENCY)
 
     @property
     def is_dead(self) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -178,17 +179,22 @@ def _gpus_for(args: argparse.Namespace) -> int:
     sizes = _sizes(Path(args.model))
     if gpus > 1 and sizes is None:
         log.warning("TENSOR_PARALLEL_SIZE: how many heads the model has is unknown, so one of %d GPUs is used", gpus)
-    heads, key_heads, width = sizes or (1, 1, 1)
+    heads, key_heads, blocks = sizes or (1, 1, [1])
     fitting = (
         count
         for count in range(1, gpus + 1)
-        if heads % count == 0 and (key_heads % count == 0 or count % key_heads == 0) and width % count == 0
+        if heads % count == 0
+        and (key_heads % count == 0 or count % key_heads == 0)
+        and not any(number % count for number in blocks)
     )
     return max(fitting, default=1)
 
 
-def _sizes(folder: Path) -> tuple[int, int, int] | None:
-    """Return a model's attention heads, its heads of keys and values, and the width of its layers."""
+def _sizes(folder: Path) -> tuple[int, int, list[int]] | None:
+    """Return a model's attention heads, its heads of keys and values, and the widths of its layers in whole blocks.
+
+    A block is what a quantized layer has a scale for, and cannot be divided.
+    """
     for name in ("config.json", "params.json"):
         try:
             config: Json = json.loads((folder / name).read_text())
@@ -197,8 +203,17 @@ def _sizes(folder: Path) -> tuple[int, int, int] | None:
         for part in (config, *language_parts(config)):
             if isinstance(heads := part.get("num_attention_heads", part.get("n_heads")), int):
                 key_heads = part.get("num_key_value_heads") or part.get("n_kv_heads") or heads
-                return heads, key_heads, part.get("intermediate_size") or part.get("hidden_dim") or heads
+                named = ("intermediate_size", "moe_intermediate_size", "hidden_dim")
+                widths = [part[name] for name in named if isinstance(part.get(name), int)]
+                return heads, key_heads, [width // _block(config) or width for width in widths]
     return None
+
+
+def _block(config: Json) -> int:
+    """Return the width of the blocks of which each has a scale; 1 without quantization by blocks."""
+    scheme = config.get("quantization_config") or {}
+    size = (scheme.get("weight_block_size") or [scheme.get("group_size")])[0]
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def compiles_alike(args: argparse.Namespace) -> Json:
@@ -211,12 +226,16 @@ def compiles_alike(args: argparse.Namespace) -> Json:
 def plan(args: argparse.Namespace) -> Plan | None:
     """Return what the arguments say of how much memory the model takes of its GPUs.
 
-    None where the files do not tell: they are quantized while they are loaded, kept elsewhere, or not read at all.
+    None where the files do not tell: they are quantized while they are loaded, kept elsewhere, or not read at all, or
+    experts are divided among more GPUs than the rest.
     """
     if args.quantization is not None or args.cpu_offload_gb or args.load_format == "dummy":
         return None
+    if args.enable_expert_parallel and args.data_parallel_size > 1:
+        return None
     return Plan(
-        gpus=args.tensor_parallel_size * args.pipeline_parallel_size,
+        tensor=args.tensor_parallel_size,
+        pipeline=args.pipeline_parallel_size,
         utilization=args.gpu_memory_utilization,
         # As long as there is room for, where vLLM is to find that out.
         max_model_len=0 if args.max_model_len == -1 else args.max_model_len,
@@ -245,7 +264,12 @@ def changed(args: argparse.Namespace) -> Json:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=_fields))
+
+
+def _fields(value: Any) -> Any:
+    """Return what JSON makes of one of vLLM's objects."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _without_values(message: str) -> str:

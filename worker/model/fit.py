@@ -18,14 +18,21 @@ CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 class Plan:
     """How the model is to run."""
 
-    gpus: int
-    """Among which the weights and the cache are divided."""
+    tensor: int
+    """GPUs among which each layer is divided."""
+    pipeline: int
+    """Groups of GPUs among which the layers are divided."""
     utilization: float
     """The share of a GPU's memory that may be used."""
     max_model_len: int | None
     """None: as long as the model can; 0: as long as there is room for."""
     dtype: str
     cache_dtype: str
+
+    @property
+    def gpus(self) -> int:
+        """Among which the weights are divided."""
+        return self.tensor * self.pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +88,7 @@ def _estimate(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> 
     if len(gpus) < plan.gpus or not weights:
         return None
     free = min(min(gpu["memory"] * plan.utilization, gpu["free"]) for gpu in gpus)
-    return Estimate(weights / plan.gpus, length * per_token / plan.gpus, free, length)
+    return Estimate(weights / plan.gpus, length * per_token, free, length)
 
 
 def _is_halved(config: dict[str, Any], plan: Plan) -> bool:
@@ -109,16 +116,20 @@ def language_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cache_per_token(text: dict[str, Any], plan: Plan) -> float:
-    """Return the bytes that one token takes in the cache, all layers together."""
+    """Return the bytes that one token takes in the cache of each GPU."""
     size = CACHE_BYTES.get(plan.cache_dtype) or DTYPE_BYTES.get(plan.dtype, 2)
     layers = text["num_hidden_layers"]
     if rank := text.get("kv_lora_rank"):
-        return float(layers * (rank + text.get("qk_rope_head_dim", 0)) * size)
+        # Every GPU of a layer keeps all of what is latent.
+        return float(layers / plan.pipeline * (rank + text.get("qk_rope_head_dim", 0)) * size)
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
     # Layers with a window, or with a state instead of a cache, take little.
-    full = sum("full" in kind for kind in text["layer_types"]) if text.get("layer_types") else layers
-    return float(2 * full * (text.get("num_key_value_heads") or heads) * head * size)
+    kinds = text.get("layer_types")
+    full = sum("full" in kind for kind in kinds) if kinds else layers
+    key_heads = text.get("num_key_value_heads") or heads
+    # More GPUs than heads of keys have copies.
+    return float(2 * full / plan.pipeline * max(key_heads / plan.tensor, 1) * head * size)
 
 
 def _gb(size: float) -> str:

@@ -1,0 +1,37 @@
+"""Instructor: an answer as an object, by a JSON schema and by a tool."""
+
+import json
+import os
+
+import instructor
+from openai import OpenAI
+from pydantic import BaseModel
+
+
+class Person(BaseModel):
+    """A person."""
+
+    name: str
+    age: int
+
+
+class get_weather(BaseModel):
+    """Get the current weather in a city."""
+
+    city: str
+
+
+server = OpenAI(base_url=os.environ["BASE_URL"], api_key=os.environ["API_KEY"])
+
+person = instructor.from_openai(server, mode=instructor.Mode.JSON_SCHEMA).chat.completions.create(
+    model="tiny",
+    response_model=Person,
+    messages=[{"role": "user", "content": "Extract the person: Ada is 36 years old."}],
+)
+question = instructor.from_openai(server, mode=instructor.Mode.TOOLS).chat.completions.create(
+    model="tiny",
+    response_model=get_weather,
+    messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+)
+
+print(json.dumps({"object": person.model_dump(), "tool": question.model_dump()}))

@@ -1,0 +1,40 @@
+"""The page to try the model, playground.html: its bytes, and headers that keep it from reaching any other place."""
+
+import base64
+import hashlib
+import html
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).with_suffix(".html")
+API = b"{{ api }}"
+"""Stands in the page for the path of the API."""
+
+POLICY = (
+    "default-src 'none'",
+    "connect-src 'self'",
+    "img-src data: blob:",
+    "media-src data: blob:",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+)
+
+
+def page(api: str) -> tuple[bytes, dict[str, str]]:
+    """Return the page and the headers it is sent with; `api` is the way from `/` to the OpenAI routes."""
+    body = PAGE.read_bytes()
+    policy = [*POLICY, *(f"{tag}-src {' '.join(_hashes(body, tag))}" for tag in ("script", "style"))]
+    headers = {
+        "content-security-policy": "; ".join(policy),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+    }
+    return body.replace(API, html.escape(api).encode()), headers
+
+
+def _hashes(body: bytes, tag: str) -> list[str]:
+    """Return the policy's names for what stands between these tags, which alone is run or applied."""
+    inline = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
+    return [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in inline]
