@@ -29,6 +29,7 @@ CAUSE = "cause.txt"
 def main() -> int:
     """Run the worker until the platform stops it, or one local job, or check its settings; return the exit code."""
     chosen = options(sys.argv[1:])
+    program.adopt_orphans()
     if chosen.check:
         os.environ.update(config.library_defaults(os.environ))
         return check.run(os.environ, chosen.json)
@@ -39,6 +40,8 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         program.end_all()
 
 
@@ -145,4 +148,8 @@ def start_sdk(handler: Handler, concurrency: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads that wait for something that never comes are not waited for.
+    os._exit(code)

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_it_gives_up_after_a_while(seconds: float, jobs: int) -> None:
         counted = refusal.counted(handler)
         waiting = asyncio.create_task(refusal.given_up())
         for _ in range(2):
-            assert [output async for output in counted({"id": "job"})] == ["no"]
+            async with aclosing(counted({"id": "job"})) as outputs:
+                assert await anext(outputs) == "no"
         with pytest.raises(ConfigurationError, match="wrong"):
             async with asyncio.timeout(5):
                 await waiting

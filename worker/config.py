@@ -120,7 +120,7 @@ class Settings(BaseModel):
     startup_failure: Annotated[Literal["report", "exit"], BeforeValidator(_lower)] = "report"
     """Whether a worker that can never start tells the cause to its callers for a while, or leaves at once."""
     worker_job_loop: Literal["event", "sdk"] = "event"
-    """Which loop takes jobs from the queue: the worker's own, or the SDK's."""
+    """Which loop takes jobs from the queue: the worker's own, or the SDK's, which knows no grace and no dead engine."""
     allow_control_routes: Boolean = False
     """Whether jobs may call every route of the engine, LoRA loading and profiling included."""
     vllm_extra_args: str = Field(default="", repr=False)

@@ -9,6 +9,7 @@ id in a header that all jobs of the worker share.
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +63,16 @@ class Delivery:
         """Post until the platform takes it, refuses it for good, or the deadline has passed; return its refusal."""
         headers = {**HEADERS, "X-Request-ID": job_id}
         backoff = Backoff(first=0.2, most=10.0)
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                while isinstance(answer := await self._attempt(url, headers, body), str):
-                    log.warning("Job %s: the platform took no result (%s); trying again", job_id, answer)
-                    await asyncio.sleep(backoff.next())
-        except TimeoutError:
-            log.error("Job %s: a result could not be delivered within %.0f s", job_id, DEADLINE_SECONDS)
-            return None
+        left, asked = DEADLINE_SECONDS, time.monotonic()
+        while isinstance(answer := await self._attempt(url, headers, body), str):
+            log.warning("Job %s: the platform took no result (%s); trying again", job_id, answer)
+            await asyncio.sleep(backoff.next())
+            # A worker that was frozen meanwhile has not tried all the time.
+            left -= min(time.monotonic() - asked, ATTEMPT_SECONDS)
+            if left <= 0:
+                log.error("Job %s: a result could not be delivered within %.0f s", job_id, DEADLINE_SECONDS)
+                return None
+            asked = time.monotonic()
         if answer < 400:
             return None
         log.error("Job %s: the platform refused a result with HTTP %d", job_id, answer)

@@ -6,6 +6,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -67,8 +68,9 @@ class HttpServer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def notify(self, event: asyncio.Event) -> None:
-        """Set an event of the server's loop, from a signal handler too."""
-        self._loop.call_soon_threadsafe(event.set)
+        """Set an event of the server's loop, from a signal handler too; once that has ended, nobody waits for it."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(event.set)
 
     def _heed_forks(self) -> None:
         """Have what forks find the server at rest. What is registered stays so; a server that is gone does nothing."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import uvloop
 
-from worker import local
+from worker import local, program
 from worker.assembly import Worker
 from worker.errors import ENGINE_DIED, LEAVING, EngineDiedError, StartFailedError
 from worker.listener import HttpServer
@@ -39,7 +39,12 @@ def serve_http(worker: Worker, server: HttpServer, gate: Gate) -> None:
     told = told_to_stop(server)
 
     async def serve() -> None:
-        gate.open(await worker.attach(), worker.concurrency)
+        attaching = asyncio.create_task(worker.attach())
+        await first_of(told.wait(), asyncio.wait({attaching}))
+        if not attaching.done():
+            attaching.cancel()
+            return
+        gate.open(attaching.result(), worker.concurrency)
         await first_of(told.wait(), worker.engine.died())
         if worker.engine.is_dead:
             gate.end(ENGINE_DIED)
@@ -50,7 +55,8 @@ def serve_http(worker: Worker, server: HttpServer, gate: Gate) -> None:
         gate.end(LEAVING)
         await gate.drained(LAST_WORDS_SECONDS)
 
-    server.run(serve())
+    with program.leaving_soon():
+        server.run(serve())
 
 
 def refuse_http(server: HttpServer, refusal: Refusal) -> None:
@@ -97,7 +103,8 @@ def serve_queue(worker: Worker, start_sdk: StartSdk, test_server: bool) -> None:
                 leaves_jobs=worker.settings.on_engine_death == "retry",
             )
             queue.install(runner, surroundings)
-        start_sdk(service.handler, worker.concurrency)
+        with program.leaving_soon():
+            start_sdk(service.handler, worker.concurrency)
 
 
 def refuse_queue(worker: Worker, start_sdk: StartSdk, refusal: Refusal) -> None:

@@ -1,15 +1,22 @@
 """The worker's own programs, which run beside it, and whatever else it has started."""
 
+import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 
+from worker.errors import ConfigurationError, StartupError
+
 END_SECONDS = 2.0
+LEAVE_SECONDS = 2.5
+"""For closing everything in order, once there is nobody left to be answered."""
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def start(module: str, *arguments: str, environ: Mapping[str, str], **options: Any) -> "subprocess.Popen[Any]":
@@ -28,3 +35,37 @@ def end_all() -> None:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=END_SECONDS)
+
+
+def adopt_orphans() -> None:
+    """Have what a child leaves behind become this process's own, so that `end_all` finds it. Only Linux knows how."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+@contextmanager
+def leaving_soon() -> Iterator[None]:
+    """After the block, end this process within seconds, also where a thread waits for something that never comes.
+
+    A mistake in the settings is no reason to leave: there is still somebody to be told.
+    """
+    code = 1
+    try:
+        yield
+        code = 0
+    except ConfigurationError:
+        code = -1
+        raise
+    except StartupError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if code >= 0:
+            timer = threading.Timer(LEAVE_SECONDS, _leave, [code])
+            timer.daemon = True
+            timer.start()
+
+
+def _leave(code: int) -> None:
+    end_all()
+    os._exit(code)

@@ -33,6 +33,9 @@ NO_JOB = (204, 400)
 INSTANT_SECONDS = 0.2
 """An empty answer that comes sooner is no long poll's; the next question waits until so much time has passed."""
 
+LAST_JOBS_SECONDS = 0.5
+"""For reading jobs whose platform has begun to give them."""
+
 LAST_WORDS_SECONDS = 1.5
 """For telling the platform that a job was ended."""
 
@@ -72,6 +75,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._surroundings = surroundings
         self._runner = runner
         self._silent: set[str] = set()
+        self._leaves = False
+        self._receives = False
         self._slots: int = self.concurrency_modifier(1)
         self._changed = asyncio.Event()
 
@@ -95,6 +100,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             self._surroundings.draining()
             ended = [task for task in (died, *polls) if task.done()]
             is_told = shutdown.done()
+            self._leaves = True
+            await self._receive_the_last()
             for task in (shutdown, died, *polls):
                 task.cancel()
             await asyncio.wait([shutdown, died, *polls])
@@ -106,6 +113,13 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             task.result()
         if died in ended:
             raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
+
+    async def _receive_the_last(self) -> None:
+        """Wait for jobs that are on their way: the platform counts them as taken."""
+        waited = 0.0
+        while self._receives and waited < LAST_JOBS_SECONDS:
+            await asyncio.sleep(0.01)
+            waited += 0.01
 
     async def _finish(self, seconds: float) -> None:
         if self.jobs_tasks:
@@ -129,11 +143,15 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
         async def take() -> list[Job] | None:
             free = await self._free_slots()
-            return await _within(self.jobs_fetcher_timeout, _take(session, free))
+            return await _within(self.jobs_fetcher_timeout, self._take(session, free))
 
         async for jobs in _poll("job-take", take):
             for job in jobs:
-                self._begin(job, delivery)
+                if self._surroundings.is_dead():
+                    log.error("Job %s is left to the platform: the engine is dead", job["id"])
+                else:
+                    self._begin(job, delivery)
+            self._receives = False
 
     async def monitor_stop_signals(self, session: aiohttp.ClientSession) -> None:
         """Cancel the jobs that the platform names."""
@@ -149,7 +167,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                 await self.stop_job(job_id)
 
     async def _free_slots(self) -> int:
-        while (free := self._slots - len(self.jobs_tasks)) <= 0:
+        while (free := self._slots - len(self.jobs_tasks)) <= 0 or self._leaves or self._surroundings.is_dead():
             self._changed.clear()
             await self._changed.wait()
         return free
@@ -193,23 +211,38 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             self.kill_worker()
         await delivery.done(job["id"], result)
 
+    async def _take(self, session: aiohttp.ClientSession, most: int) -> list[Job]:
+        """Ask for up to `most` jobs. The SDK's own request loses a job whose empty input the platform has dropped.
+
+        Raises:
+            ValueError: the answer holds no job.
+        """
+        self._receives = False
+        async with session.get(rp_job._job_get_url(most)) as answer:
+            if answer.status in NO_JOB:
+                return []
+            answer.raise_for_status()
+            self._receives = True
+            try:
+                body = await answer.read()
+                jobs = _jobs(body)
+            except BaseException:
+                self._receives = False
+                raise
+        return jobs
+
     def _is_left(self, job_id: str) -> bool:
         """Tell whether a job has said nothing before the engine died, so that the platform may give it again."""
         surroundings = self._surroundings
         return surroundings.leaves_jobs and job_id in self._silent and surroundings.is_dead()
 
 
-async def _take(session: aiohttp.ClientSession, most: int) -> list[Job]:
-    """Ask for up to `most` jobs. The SDK's own request loses a job whose empty input the platform has dropped.
+def _jobs(body: bytes) -> list[Job]:
+    """Return the jobs of an answer.
 
     Raises:
-        ValueError: the answer holds no job.
+        ValueError: it holds none.
     """
-    async with session.get(rp_job._job_get_url(most)) as answer:
-        if answer.status in NO_JOB:
-            return []
-        answer.raise_for_status()
-        body = await answer.read()
     try:
         given = json.loads(body) if body else []
     except RecursionError:
@@ -239,7 +272,7 @@ async def _poll(name: str, fetch: Callable[[], Awaitable[list[T] | None]]) -> As
         asked = time.monotonic()
         try:
             found = await fetch()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             log.warning("%s failed: %s", name, _described(error))
             await asyncio.sleep(backoff.next())
             continue

@@ -39,11 +39,14 @@ class Refusal:
         """Return the handler, whose jobs are counted."""
 
         async def counted(job: Job) -> AsyncGenerator[Output, None]:
-            async with aclosing(handler(job)) as outputs:
-                async for output in outputs:
-                    yield output
-            self._left -= 1
-            if self._left <= 0:
-                self._enough.set()
+            try:
+                async with aclosing(handler(job)) as outputs:
+                    async for output in outputs:
+                        yield output
+            finally:
+                # Whoever reads a job's error asks for nothing more.
+                self._left -= 1
+                if self._left <= 0:
+                    self._enough.set()
 
         return counted

@@ -123,7 +123,8 @@ class Gate:
         except JobError as error:
             if not reply.is_recorded:
                 self._telemetry.refused.labels(str(error.http_status)).inc()
-            await reply.fail(error)
+            with suppress(_ClientGoneError):
+                await reply.fail(error)
         except _ClientGoneError:
             return None
 
@@ -145,7 +146,8 @@ class Gate:
             # What browsers ask beforehand; vLLM's CORS middleware answers it without going further.
             return await engine(scope, receive, reply.send)
         body = await self._read(receive, headers)
-        self._check_capacity()
+        # Much may have happened meanwhile.
+        engine = self._ready_engine()
         caller = {name.decode(): value.decode("latin-1") for name, value in headers.items() if name in TRACE_HEADERS}
         with self._telemetry.job(reply.request_id, path, caller) as record:
             self.running += 1

@@ -13,8 +13,9 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing
+from typing import Any
 
 import torch
 import vllm
@@ -32,10 +33,10 @@ from worker.asgi import App, Request, exchange
 from worker.config import MAX_CONCURRENCY, Settings
 from worker.engine import media
 from worker.engine.arguments import REFUSALS, changed, sentence
-from worker.engine.causes import failure
+from worker.engine.causes import failure, refusal
 from worker.engine.client import Client, Silence
 from worker.engine.versions import propagate_flash_late_interaction
-from worker.errors import ConfigurationError, Json, StartupError
+from worker.errors import Json, StartupError
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Engine:
         try:
             vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         except REFUSALS as error:
-            raise ConfigurationError(sentence(error)) from error
+            raise refusal(error, sentence(error)) from error
         _fork_the_engine(method)
         ended = threading.Event()
         if vllm_config.parallel_config.data_parallel_size == 1:
@@ -111,7 +112,9 @@ class Engine:
             ended.set()
         guard = media.guard(settings, args.allowed_media_domains)
         media.install(guard)
-        return cls(client, args, guard, settings.engine_stall_timeout)
+        # Without statistics a long prompt is read without a word.
+        stall = float("inf") if args.disable_log_stats else settings.engine_stall_timeout
+        return cls(client, args, guard, stall)
 
     @property
     def concurrency(self) -> int:
@@ -130,6 +133,8 @@ class Engine:
         while not self.is_dead:
             await asyncio.sleep(DEATH_CHECK_SECONDS)
             self._silence.pass_by(DEATH_CHECK_SECONDS)
+        # An engine that speaks again now has lost its requests all the same.
+        self._liveness.should_exit = True
         if not self.client.errored:
             log.error("The engine has been silent for %.0f s while requests wait", self._silence.seconds)
 
@@ -138,9 +143,25 @@ class Engine:
         async with self._attaching:
             if self._app is None:
                 app = media.watched(await self._build_app())
-                await self._warm_up(app)
+                await self._unless_dead(self._warm_up(app))
                 self._app = app
             return self._app
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, None]) -> None:
+        """Wait for the end of some work.
+
+        Raises:
+            StartupError: the engine has died before that.
+        """
+        working, dying = asyncio.create_task(work), asyncio.create_task(self.died())
+        try:
+            await asyncio.wait({working, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise StartupError("The engine died, or fell silent, in its first generation.")
+            working.result()
+        finally:
+            working.cancel()
+            dying.cancel()
 
     async def _build_app(self) -> App:
         await self.client.reset_mm_cache()
@@ -152,7 +173,7 @@ class Engine:
         try:
             await init_app_state(self.client, app.state, self.args, tasks)
         except REFUSALS as error:
-            raise ConfigurationError(sentence(error)) from error
+            raise refusal(error, sentence(error)) from error
         entered = asyncio.Event()
         self._lifespan = asyncio.create_task(_live(app, entered, self._guard))
         self._lifespan.add_done_callback(lambda _: entered.set())

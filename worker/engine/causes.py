@@ -11,6 +11,12 @@ MEMORY = re.compile("out ?of ?memory|memory for the cache|KV cache memory|GPU me
 FITTING = "Lower MAX_MODEL_LEN or MAX_NUM_SEQS, choose a quantized variant, or give it more or larger GPUs."
 
 
+def refusal(error: Exception, told: str) -> StartupError:
+    """Return the error for what vLLM refuses in this process: all but the disk, the network and CUDA will stay so."""
+    may_pass = isinstance(error, OSError | RuntimeError) and not isinstance(error, NotImplementedError)
+    return StartupError(told) if may_pass and not PERMANENT_WORDS.search(told) else ConfigurationError(told)
+
+
 def failure(told: str, cause: str | None) -> StartupError:
     """Return the error for a start that failed with `told`, where a process gave `cause` as `TYPE: MESSAGE`."""
     if cause is None:
