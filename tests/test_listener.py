@@ -1,11 +1,13 @@
 """The HTTP server's thread and forks of its process."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import textwrap
 
 from tests.tiny import ROOT
+from worker.listener import HttpServer
 
 PROGRAM = """
     import http.client, json, os, socket, time
@@ -54,3 +56,12 @@ def test_a_fork_takes_nothing_along_and_the_server_goes_on() -> None:
     assert told["parent"] > 0
     assert told["answers"] == ["ok", "ok"]
     assert told["seconds"] < 4
+
+
+def test_a_signal_after_the_end_does_nothing() -> None:
+    async def app(_scope: object, _receive: object, _send: object) -> None:
+        """Answer nobody."""
+
+    with HttpServer(app, [0], host="127.0.0.1") as server:
+        pass
+    server.notify(asyncio.Event())
