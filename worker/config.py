@@ -78,7 +78,7 @@ class Settings(BaseModel):
     max_queue: int | None = Field(default=None, ge=0)
     """Requests over HTTP that may wait beyond `MAX_CONCURRENCY`; by default four times as many."""
     playground: Boolean = False
-    """Whether a page to try the model is served over HTTP, at `/`."""
+    """Whether a page to try the model is served over HTTP, at `/`, to anybody; what it asks the model needs a key."""
     media_fetch_timeout: float = Field(default=20.0, gt=0)
     """Seconds for fetching one link to an image, a video or so on."""
     media_allowed_domains: tuple[str, ...] = ()
