@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from typing import Any
 
 import psutil
@@ -30,7 +31,9 @@ def start(module: str, *arguments: str, environ: Mapping[str, str], **options: A
 
 def end_all() -> None:
     """End every process that has been started, and all that they have: an engine's, and the SDK's that pings."""
-    children = psutil.Process().children(recursive=True)
+    # Python's tracker of shared memory ends by itself once nobody is left, and removes what is.
+    spared = getattr(resource_tracker._resource_tracker, "_pid", None)  # type: ignore[attr-defined, unused-ignore]
+    children = [child for child in psutil.Process().children(recursive=True) if child.pid != spared]
     for child in children:
         with suppress(psutil.NoSuchProcess):
             child.kill()
