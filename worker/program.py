@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from typing import Any
 
 import psutil
@@ -31,13 +30,19 @@ def start(module: str, *arguments: str, environ: Mapping[str, str], **options: A
 
 def end_all() -> None:
     """End every process that has been started, and all that they have: an engine's, and the SDK's that pings."""
-    # Python's tracker of shared memory ends by itself once nobody is left, and removes what is.
-    spared = getattr(resource_tracker._resource_tracker, "_pid", None)  # type: ignore[attr-defined, unused-ignore]
-    children = [child for child in psutil.Process().children(recursive=True) if child.pid != spared]
+    children = [child for child in psutil.Process().children(recursive=True) if not _is_tracker(child)]
     for child in children:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(children, timeout=END_SECONDS)
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Tell whether a process is one of Python's that remove shared memory once nobody is left, and then end."""
+    try:
+        return any("resource_tracker" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def adopt_orphans() -> None:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 DEATH_CHECK_SECONDS = 0.5
 CHILD_CHECK_SECONDS = 0.02
+SHUTDOWN_SECONDS = 1.0
+"""For the engine's process to end by itself, which then leaves no shared memory behind."""
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 
@@ -228,7 +230,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """End the engine's processes."""
-        self.client.shutdown(timeout=0)
+        self.client.shutdown(timeout=SHUTDOWN_SECONDS)
 
 
 def _fork_the_engine(method: str | None) -> None:
