@@ -20,8 +20,9 @@ from worker import check, config, local, logs, modes, program, sources
 from worker.assembly import Worker
 from worker.errors import ConfigurationError, StartupError
 from worker.listener import HttpServer
-from worker.refusal import Handler, Refusal
+from worker.refusal import Refusal
 from worker.server import Gate
+from worker.service import Handler
 
 CAUSE = "cause.txt"
 

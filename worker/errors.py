@@ -23,6 +23,9 @@ class StartupError(WorkerError):
 class EngineDiedError(StartupError):
     """The engine is gone; the platform replaces a worker that leaves, and only that."""
 
+    def __init__(self) -> None:
+        super().__init__("The engine has died; the worker leaves, so that it is replaced.")
+
 
 class ConfigurationError(StartupError):
     """A setting is wrong: no other try succeeds until somebody changes it."""

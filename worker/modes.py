@@ -13,12 +13,10 @@ from worker import local, program
 from worker.assembly import Worker
 from worker.errors import ENGINE_DIED, LEAVING, EngineDiedError, StartFailedError
 from worker.listener import HttpServer
-from worker.refusal import Handler, Refusal
+from worker.refusal import Refusal
 from worker.server import Gate
-from worker.service import Job
+from worker.service import Handler, Job
 
-LAST_WORDS_SECONDS = 1.5
-"""For telling callers that their requests were ended."""
 REFUSED_AT_ONCE = 16
 """Jobs that a worker which cannot start takes at once."""
 
@@ -48,12 +46,12 @@ def serve_http(worker: Worker, server: HttpServer, gate: Gate) -> None:
         await first_of(told.wait(), worker.engine.died())
         if worker.engine.is_dead:
             gate.end(ENGINE_DIED)
-            await gate.drained(LAST_WORDS_SECONDS)
-            raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
+            await gate.drained(program.LAST_WORDS_SECONDS)
+            raise EngineDiedError
         worker.status.drain()
         await gate.drained(worker.settings.grace)
         gate.end(LEAVING)
-        await gate.drained(LAST_WORDS_SECONDS)
+        await gate.drained(program.LAST_WORDS_SECONDS)
 
     with program.leaving_soon():
         server.run(serve())

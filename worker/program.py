@@ -13,6 +13,8 @@ import psutil
 
 from worker.errors import ConfigurationError, StartupError
 
+LAST_WORDS_SECONDS = 1.5
+"""For telling callers that their requests were ended."""
 END_SECONDS = 2.0
 LEAVE_SECONDS = 2.5
 """For closing everything in order, once there is nobody left to be answered."""

@@ -20,6 +20,7 @@ import aiohttp
 from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
 
+from worker import program
 from worker.backoff import Backoff
 from worker.delivery import Delivery
 from worker.errors import ENGINE_DIED, LEAVING, EngineDiedError, JobError, UnavailableError
@@ -35,9 +36,6 @@ INSTANT_SECONDS = 0.2
 
 LAST_JOBS_SECONDS = 0.5
 """For reading jobs whose platform has begun to give them."""
-
-LAST_WORDS_SECONDS = 1.5
-"""For telling the platform that a job was ended."""
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +110,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             # A poll that ended by itself has failed in a way nobody foresaw: leave rather than go deaf.
             task.result()
         if died in ended:
-            raise EngineDiedError("The engine has died; the worker leaves, so that it is replaced.")
+            raise EngineDiedError
 
     async def _receive_the_last(self) -> None:
         """Wait for jobs that are on their way: the platform counts them as taken."""
@@ -131,11 +129,11 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             for job_id in self._silent:
                 self.jobs_tasks[job_id].cancel()
         self._surroundings.end(UnavailableError(why))
-        await self._finish(LAST_WORDS_SECONDS)
+        await self._finish(program.LAST_WORDS_SECONDS)
         for job_id, task in self.jobs_tasks.items():
             log.error("Job %s is left without an answer", job_id)
             task.cancel()
-        await self._finish(LAST_WORDS_SECONDS)
+        await self._finish(program.LAST_WORDS_SECONDS)
 
     async def get_jobs(self, session: aiohttp.ClientSession) -> None:
         """Ask for as many jobs as there are free slots, for as long as the worker lives."""
@@ -151,7 +149,6 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
                     log.error("Job %s is left to the platform: the engine is dead", job["id"])
                 else:
                     self._begin(job, delivery)
-            self._receives = False
 
     async def monitor_stop_signals(self, session: aiohttp.ClientSession) -> None:
         """Cancel the jobs that the platform names."""
@@ -217,19 +214,16 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         Raises:
             ValueError: the answer holds no job.
         """
-        self._receives = False
-        async with session.get(rp_job._job_get_url(most)) as answer:
-            if answer.status in NO_JOB:
-                return []
-            answer.raise_for_status()
-            self._receives = True
-            try:
-                body = await answer.read()
-                jobs = _jobs(body)
-            except BaseException:
-                self._receives = False
-                raise
-        return jobs
+        try:
+            async with session.get(rp_job._job_get_url(most)) as answer:
+                if answer.status in NO_JOB:
+                    return []
+                answer.raise_for_status()
+                self._receives = True
+                return _jobs(await answer.read())
+        finally:
+            # From here to where they begin nothing is waited for.
+            self._receives = False
 
     def _is_left(self, job_id: str) -> bool:
         """Tell whether a job has said nothing before the engine died, so that the platform may give it again."""

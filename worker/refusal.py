@@ -1,13 +1,11 @@
 """A worker that can never start tells its callers why, for a while, instead of leaving while their jobs wait."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from worker.errors import ConfigurationError
-from worker.service import Job, Output
-
-Handler = Callable[[Job], AsyncGenerator[Output, None]]
+from worker.service import Handler, Job, Output
 
 SECONDS = 600.0
 JOBS = 100

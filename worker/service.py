@@ -27,6 +27,7 @@ from worker.telemetry import Record, Telemetry
 T = TypeVar("T")
 Job = dict[str, Any]
 Output = str | Json | list[Any]
+Handler = Callable[[Job], AsyncGenerator[Output, None]]
 
 log = logging.getLogger(__name__)
 

@@ -137,7 +137,7 @@ class Engine:
             self._silence.pass_by(DEATH_CHECK_SECONDS)
         # An engine that speaks again now has lost its requests all the same.
         self._liveness.should_exit = True
-        if not self.client.errored:
+        if self._silence.seconds > self._stall_seconds:
             log.error("The engine has been silent for %.0f s while requests wait", self._silence.seconds)
 
     async def attach(self) -> App:

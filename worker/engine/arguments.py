@@ -104,7 +104,10 @@ def mistakes(said: Sources) -> list[str]:
 
 
 def _flags(said: Sources, parser: argparse.ArgumentParser) -> list[str]:
-    return flags.arguments(_without_wishes(said), parser, SERVER_FLAGS, said.told)
+    """Return the argument list that is said, without a number of GPUs that the worker is to choose."""
+    left_out = {"TENSOR_PARALLEL_SIZE"} if _chooses_gpus(said) else set()
+    values = {name: value for name, value in said.values.items() if name not in left_out}
+    return flags.arguments(values, parser, SERVER_FLAGS, said.told)
 
 
 def place(args: argparse.Namespace, said: Sources, folders: Mapping[str, Path]) -> None:
@@ -133,20 +136,15 @@ def remarks(said: Sources) -> list[str]:
     """Return a sentence for what is said in vain: nearly the name of a setting, or a flag of vLLM's own server."""
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
     flags_of_vllm = (action.dest.upper() for action in parser._actions)
-    mine = {*map(str.upper, config.Settings.model_fields), *sources.ALIASES}
+    mine = {*map(str.upper, config.Settings.model_fields)}
     # In an environment, HOST and the like may be somebody else's.
-    in_file = {name for name, origin in said.origins.items() if origin != sources.ENVIRONMENT} - mine
+    in_file = {name for name, origin in said.origins.items() if origin != sources.ENVIRONMENT}
+    in_file -= mine | sources.ALIASES.keys()
     vain = sorted(name for name in SERVER_FLAGS if name.upper() in in_file or name in _extra_flags(said))
     return [
-        *sources.near_misses(said, {*map(str.upper, config.Settings.model_fields), *flags_of_vllm}),
+        *sources.near_misses(said, {*mine, *flags_of_vllm}),
         *(f"{name} has no effect: it is of vLLM's own server, in whose place the worker's is." for name in vain),
     ]
-
-
-def _without_wishes(said: Sources) -> dict[str, str]:
-    """Return what is said, without a number of GPUs that the worker is to choose."""
-    left_out = {"TENSOR_PARALLEL_SIZE"} if _chooses_gpus(said) else set()
-    return {name: value for name, value in said.values.items() if name not in left_out}
 
 
 def _chooses_gpus(said: Sources) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from worker.config import Settings
-from worker.model.repositories import Repository
+from worker.model.repositories import GGUF, Repository
 
 BAKED = Path("/models")
 """Where the image's build puts a model."""
@@ -17,7 +17,7 @@ HUB_FOLDER = Path("huggingface-cache/hub")
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 _HEADER_BYTES = 100_000_000
-FORMATS = (".safetensors", ".bin", ".pt", ".gguf")
+FORMATS = (".safetensors", ".bin", ".pt", GGUF)
 """Of weights; vLLM loads the first that is there."""
 
 

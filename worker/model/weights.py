@@ -26,7 +26,6 @@ from worker.errors import ConfigurationError, StartupError
 from worker.model import repositories, snapshots
 from worker.model.preflight import free_disk
 from worker.model.repositories import GGUF, Repository
-from worker.model.snapshots import asks_for_more
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +84,10 @@ class Weights:
         self.are_local = None not in self._found.values()
         """Whether nothing has to be downloaded."""
         self.need_no_hub = (
-            self.are_local and model is not None and not asks_for_more(model) and not ASK_THE_HUB & environ.keys()
+            self.are_local
+            and model is not None
+            and not snapshots.asks_for_more(model)
+            and not ASK_THE_HUB & environ.keys()
         )
         """Whether vLLM will not ask the Hub for anything either."""
         module, arguments = ("worker.model.prefetch", [str(model)]) if self.are_local else ("worker.model.weights", [])
