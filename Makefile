@@ -40,10 +40,10 @@ check: setup ## Lint, types, and whether vLLM and the SDK still are what the cod
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest tests/test_drift.py
+	@$(BIN)/python -m pytest tests/project/test_drift.py
 
 clients: setup .venv-clients/.ready ## Try the worker with the clients that people use, in an environment of their own
-	@$(BIN)/python -m pytest tests/test_clients.py
+	@$(BIN)/python -m pytest tests/end_to_end/test_clients.py
 
 .venv-clients/.ready: builder/requirements-clients.txt | setup
 	@echo "Installing the clients of $<"
@@ -52,11 +52,11 @@ clients: setup .venv-clients/.ready ## Try the worker with the clients that peop
 	@touch $@
 
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
-	@$(TINY) && $(BIN)/python -m tests.standin --port $(PORT) -- $(BIN)/python handler.py
+	@$(TINY) && $(BIN)/python -m standin --port $(PORT) -- $(BIN)/python handler.py
 
 # An earlier release gets an environment of its own.
 conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's answers with vllm serve's; VLLM=0.31.0 for an earlier release
-	@$(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/test_conformance.py
+	@$(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/end_to_end/test_conformance.py
 
 .venv-%/.ready: builder/requirements-cpu.in builder/overrides.txt | setup
 	@echo "Installing vLLM $* for CPUs (about 3 GB the first time)"
@@ -80,7 +80,7 @@ soak: setup ## Run mixed jobs, cancels and faults for a quarter of an hour; SOAK
 	@$(BIN)/python -m bench.soak $(SOAK)
 
 fuzz: setup ## Fuzz what reads callers' words, guided by coverage; FUZZ_SECONDS=60
-	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/test_fuzz.py
+	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/project/test_fuzz.py
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python atheris==3.0.0
 	@mkdir -p .fuzz && $(BIN)/python -m tests.fuzz.guided .fuzz -max_total_time=$(or $(FUZZ_SECONDS),60) -timeout=10
 
@@ -92,7 +92,7 @@ audit: setup ## Look for known weaknesses in what the image installs; needs acce
 
 monitoring: setup ## Run Prometheus, from Debian's packages, on the scrape configuration and the rules
 	@mkdir -p .prometheus && cd .prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .
-	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(BIN)/python -m pytest tests/test_monitoring.py
+	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(BIN)/python -m pytest tests/end_to_end/test_monitoring.py
 
 browser: setup ## Install Chromium from Debian's packages for the playground's test
 	@[ "$$(id -u)" = 0 ] || \

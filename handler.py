@@ -16,13 +16,18 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from worker import check, config, local, logs, modes, program, sources
-from worker.assembly import Worker
+from worker import check, modes
+from worker import processes as program
 from worker.errors import ConfigurationError, StartupError
-from worker.listener import HttpServer
+from worker.http.gate import Gate
+from worker.http.server import HttpServer
+from worker.queue import local
+from worker.queue.handler import Handler
 from worker.refusal import Refusal
-from worker.server import Gate
-from worker.service import Handler
+from worker.settings import settings as config
+from worker.settings import sources
+from worker.telemetry import logs
+from worker.worker import Worker
 
 CAUSE = "cause.txt"
 

@@ -18,7 +18,7 @@ import psutil
 from bench import load, report
 from bench.load import Load
 from bench.servers import Server, http_worker, vllm_serve, worker
-from tests.tiny import ROOT
+from tests.support.tiny import ROOT
 
 WARM_UP = Load(concurrency=8, requests=16, tokens=32, stream=True)
 

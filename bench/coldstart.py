@@ -21,10 +21,10 @@ import matplotlib as mpl
 import requests
 
 from bench.servers import vllm_flags
-from tests import tiny
-from tests.ports import free_port
-from tests.standin import StandinServer, worker_environment
-from tests.tiny import MODEL, ROOT
+from standin import StandinServer, worker_environment
+from tests.support import tiny
+from tests.support.ports import free_port
+from tests.support.tiny import MODEL, ROOT
 
 mpl.use("svg")
 from matplotlib import pyplot as plt

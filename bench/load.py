@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from worker.sse import EventSplitter, payload
+from worker.request.sse import EventSplitter, payload
 
 GOLDEN_RATIO = 0.618
 """Its multiples, modulo 1, are spread evenly however many there are."""

@@ -26,12 +26,12 @@ from PIL import Image
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from tests import media
-from tests.ports import free_port
-from tests.tiny import ROOT
-from worker import config
-from worker.engine import media as guarding
-from worker.meter import Meter, metered
+from tests.support import media
+from tests.support.ports import free_port
+from tests.support.tiny import ROOT
+from worker.engine import connector as guarding
+from worker.settings import settings as config
+from worker.telemetry.usage import Meter, metered
 
 ROUNDS = 15
 PHOTOGRAPHS = 8

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.tiny import ROOT
+from tests.support.tiny import ROOT
 
 FILES = 4
 FILE_BYTES = 1 << 30

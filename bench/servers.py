@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import requests
 
-from tests import tiny
-from tests.ports import free_port
-from tests.tiny import ROOT
+from tests.support import tiny
+from tests.support.ports import free_port
+from tests.support.tiny import ROOT
 
 MODEL_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker")
 START_SECONDS = 300
@@ -77,7 +77,7 @@ def vllm_flags(environ: dict[str, str]) -> list[str]:
 def worker(name: str, log: Path, **environ: str) -> Iterator[Server]:
     """Run the worker behind the platform's stand-in, as RunPod's queue does."""
     port = free_port()
-    command = [sys.executable, "-m", "tests.standin", "--port", str(port), "--", sys.executable, "handler.py"]
+    command = [sys.executable, "-m", "standin", "--port", str(port), "--", sys.executable, "handler.py"]
     with _process(command, tiny.environment() | environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v2/local/openai/v1"
         _wait(process, f"{base_url}/models", log)

@@ -19,10 +19,10 @@ from typing import Any
 
 import psutil
 
-from tests import media, tiny
-from tests.links import Server as Links
-from tests.standin import Behaviour, Fault, Job, Platform, StandinServer, Status, WorkerProcess, worker_environment
-from tests.tiny import ROOT
+from standin import Behaviour, Fault, Job, Platform, StandinServer, Status, WorkerProcess, worker_environment
+from tests.support import media, tiny
+from tests.support.links import Server as Links
+from tests.support.tiny import ROOT
 
 WARM_UP_SECONDS = 60
 AT_ONCE = 24

@@ -9,9 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from worker import config, sources
 from worker.errors import StartupError
 from worker.model import repositories, snapshots, weights
+from worker.settings import settings as config
+from worker.settings import sources
 
 SECRET = Path("/run/secrets/HF_TOKEN")
 

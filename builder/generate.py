@@ -1,7 +1,7 @@
 """Writes what repeats the settings: the Hub's listings, docs/configuration.md and .env.example.
 
 `--check` only compares. All of it comes from `worker.config.Settings`, vLLM's own
-parser and worker/presets.yaml.
+parser and worker/settings/presets.yaml.
 """
 
 import ast
@@ -26,8 +26,10 @@ import vllm.config
 from pydantic.fields import FieldInfo
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
-from worker import __version__, config, flags, sources
+from worker import __version__
 from worker.engine import arguments
+from worker.settings import flags, sources
+from worker.settings import settings as config
 
 Json = dict[str, Any]
 
@@ -46,7 +48,7 @@ ONLY_HTTP = {"PORT", "PORT_HEALTH", "METRICS_PORT", "WORKER_API_KEY", "MAX_REQUE
 OTHER = {
     "PRESET": (
         "auto",
-        "Which of worker/presets.yaml fills in what is not set: the model's own, or `none`.",
+        "Which of worker/settings/presets.yaml fills in what is not set: the model's own, or `none`.",
     ),
     "VLLM_CONFIG_FILE": ("", "A YAML file as for `vllm serve --config`; the environment comes before it."),
 }
@@ -219,7 +221,7 @@ def cuda_versions() -> list[str]:
 
 def hub_tests() -> Json:
     """Return what the Hub tries before it lists a release."""
-    from tests.media import image_url
+    from tests.support.media import image_url
 
     question = {"role": "user", "content": "What is the capital of France? Answer in one word."}
     picture = {"type": "image_url", "image_url": {"url": image_url("red")}}

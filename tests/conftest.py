@@ -14,11 +14,11 @@ import httpx
 import psutil
 import pytest
 
-from tests import tiny
-from tests.collector import Collector
-from tests.links import Server
-from tests.ports import free_port
-from tests.standin import StandinServer, Status, WorkerProcess, worker_environment
+from standin import StandinServer, Status, WorkerProcess, worker_environment
+from tests.support import tiny
+from tests.support.collector import Collector
+from tests.support.links import Server
+from tests.support.ports import free_port
 from worker.errors import LEAVING
 
 START_SECONDS = 180

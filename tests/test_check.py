@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.support.tiny import ROOT
 
 
 def check(*options: str, **environ: str) -> tuple[int, str]:

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from worker import config, sources
-from worker.config import Settings
 from worker.errors import ConfigurationError, Json
 from worker.model.weights import found
-from worker.sources import Sources
+from worker.settings import settings as config
+from worker.settings import sources
+from worker.settings.settings import Settings
+from worker.settings.sources import Sources
 
 WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
 """Arguments that the worker sets itself."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from worker.routes import ROUTES
+from worker.request.routes import ROUTES
 
 Json = dict[str, Any]
 Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]

@@ -9,13 +9,14 @@ from typing import Any
 
 import uvloop
 
-from worker import local, program
-from worker.assembly import Worker
+from worker import processes as program
 from worker.errors import ENGINE_DIED, LEAVING, EngineDiedError, StartFailedError
-from worker.listener import HttpServer
+from worker.http.gate import Gate
+from worker.http.server import HttpServer
+from worker.queue import local
+from worker.queue.handler import Handler, Job
 from worker.refusal import Refusal
-from worker.server import Gate
-from worker.service import Handler, Job
+from worker.worker import Worker
 
 REFUSED_AT_ONCE = 16
 """Jobs that a worker which cannot start takes at once."""
@@ -82,7 +83,8 @@ async def first_of(*works: Coroutine[Any, Any, object]) -> None:
 
 def serve_queue(worker: Worker, start_sdk: StartSdk, test_server: bool) -> None:
     """Take jobs from RunPod's queue, or from the SDK's test server, until told to stop."""
-    from worker import devapi, queue
+    from worker.queue import development_api as devapi
+    from worker.queue import loop as queue
 
     service = worker.service()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -107,7 +109,7 @@ def serve_queue(worker: Worker, start_sdk: StartSdk, test_server: bool) -> None:
 
 def refuse_queue(worker: Worker, start_sdk: StartSdk, refusal: Refusal) -> None:
     """Take jobs and fail each with the reason, until told to stop or for long enough."""
-    from worker import queue
+    from worker.queue import loop as queue
 
     service = worker.service()
     service.end(StartFailedError(refusal.why))

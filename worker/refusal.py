@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from worker.errors import ConfigurationError
-from worker.service import Handler, Job, Output
+from worker.queue.handler import Handler, Job, Output
 
 SECONDS = 600.0
 JOBS = 100

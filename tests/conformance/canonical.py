@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from worker import sse
+from worker.request import sse
 
 NAMES = {
     "id",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tests import media
+from tests.support import media
 
 Json = dict[str, Any]
 CHAT, TEXT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from worker import jobs, sse
 from worker.errors import JobError
 from worker.media.parts import paths_of
+from worker.request import inputs as jobs
+from worker.request import sse
 
 
 def job(job_input: Any) -> None:

@@ -25,11 +25,12 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from worker import config, flags, sources
 from worker.engine.versions import configure_logging_from_args, load_chat_template
 from worker.errors import ConfigurationError, Json
 from worker.model.fit import Plan, language_parts
-from worker.sources import Sources
+from worker.settings import flags, sources
+from worker.settings import settings as config
+from worker.settings.sources import Sources
 
 SERVER_FLAGS = frozenset(set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__))
 """Flags of vLLM's own HTTP server, which does not run here: host, port, API keys, TLS, CORS, …"""

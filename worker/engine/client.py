@@ -12,8 +12,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
-from worker.meter import metered
-from worker.pace import Pace, paced
+from worker.request.pace import Pace, paced
+from worker.telemetry.usage import metered
 
 
 class Client(AsyncLLM):

@@ -14,9 +14,9 @@ from urllib.request import url2pathname
 
 from PIL import Image
 
-from worker.config import Settings
 from worker.errors import MediaError, MediaTooLargeError, RefusedLinkError
 from worker.media.formats import fits, leads_elsewhere, media_type
+from worker.settings.settings import Settings
 
 Kind = Literal["image", "video", "audio"]
 

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from worker import program
+from worker import processes as program
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media.checks import Limits, check_frames, check_pixels
 

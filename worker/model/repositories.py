@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker import flags
-from worker.config import Settings
+from worker.settings import flags
+from worker.settings.settings import Settings
 
 CONFIGURATION = ("config.json", "params.json")
 TOKENIZER = ("tokenizer*", "vocab.*", "tekken.json", "spiece.model", "*.tiktoken")

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from worker.config import Settings
 from worker.model.repositories import GGUF, Repository
+from worker.settings.settings import Settings
 
 BAKED = Path("/models")
 """Where the image's build puts a model."""

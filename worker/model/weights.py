@@ -19,13 +19,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from worker import config, program, sources
+from worker import processes as program
 from worker.backoff import Backoff
-from worker.config import Settings
 from worker.errors import ConfigurationError, StartupError
 from worker.model import repositories, snapshots
 from worker.model.preflight import free_disk
 from worker.model.repositories import GGUF, Repository
+from worker.settings import settings as config
+from worker.settings import sources
+from worker.settings.settings import Settings
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,101 @@
+"""A worker that can never start, as its callers see it."""
+
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from standin import StandinServer, WorkerProcess, worker_environment
+from tests.support import tiny
+from tests.support.ports import free_port
+from worker.errors import ConfigurationError
+from worker.refusal import Refusal
+
+COMMAND = [sys.executable, "handler.py"]
+WRONG = {"MAX_CONCURRENCY": "many"}
+
+
+async def handler(_job: Any) -> AsyncGenerator[str, None]:
+    yield "no"
+
+
+@pytest.mark.parametrize(("seconds", "jobs"), [(0.05, 100), (60, 2)], ids=["seconds", "jobs"])
+def test_it_gives_up_after_a_while(seconds: float, jobs: int) -> None:
+    async def run() -> None:
+        refusal = Refusal(ConfigurationError("wrong"), seconds, jobs)
+        counted = refusal.counted(handler)
+        waiting = asyncio.create_task(refusal.given_up())
+        for _ in range(2):
+            async with aclosing(counted({"id": "job"})) as outputs:
+                assert await anext(outputs) == "no"
+        with pytest.raises(ConfigurationError, match="wrong"):
+            async with asyncio.timeout(5):
+                await waiting
+
+    asyncio.run(run())
+
+
+def test_jobs_of_the_queue_fail_with_the_cause() -> None:
+    with StandinServer() as server, WorkerProcess(COMMAND, worker_environment(server.port) | WRONG) as worker:
+        url = server.endpoint_url
+        for body in ({"prompt": "Hello"}, {"anything": 1}):
+            result = httpx.post(f"{url}/runsync", json={"input": body}, timeout=30).json()
+            assert result["status"] == "FAILED"
+            assert "MAX_CONCURRENCY='many'" in result["error"]
+        stream = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+        text = httpx.post(f"{url}/openai/v1/chat/completions", json=stream, timeout=30).text
+        assert "MAX_CONCURRENCY='many'" in text
+        assert text.endswith("data: [DONE]\n\n")
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(timeout=10) == 0
+
+
+def test_requests_over_http_are_told_the_cause() -> None:
+    port = free_port()
+    with WorkerProcess(COMMAND, {"PORT": str(port), **WRONG}) as worker:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(url)
+        assert httpx.get(f"{url}/ping").status_code == 503
+        answer = httpx.post(f"{url}/v1/chat/completions", json={})
+        assert answer.status_code == 503
+        assert "MAX_CONCURRENCY='many'" in answer.json()["error"]["message"]
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(timeout=10) == 0
+
+
+def _wait_for(url: str) -> None:
+    for _ in range(100):
+        try:
+            httpx.get(f"{url}/ping")
+        except httpx.TransportError:
+            time.sleep(0.1)
+        else:
+            return
+    pytest.fail("nobody listens")
+
+
+@pytest.mark.parametrize("environ", [{"STARTUP_FAILURE": "exit"}, {"PORT": "x"}], ids=["told to", "cannot listen"])
+def test_a_worker_that_tells_nobody_leaves(environ: dict[str, str], tmp_path: Path) -> None:
+    with StandinServer() as server, (tmp_path / "log").open("wb") as log:
+        with WorkerProcess(COMMAND, {**worker_environment(server.port), **WRONG, **environ}, log) as worker:
+            assert worker.wait(timeout=30) == 2
+        assert server.platform.records.takes == []
+    assert "MAX_CONCURRENCY='many'" in (tmp_path / "log").read_text()
+
+
+def test_a_model_that_does_not_load_is_told_with_its_cause() -> None:
+    """What vLLM says only in the log of its engine's process reaches the caller."""
+    with StandinServer() as server:
+        environ = {**worker_environment(server.port), **tiny.environment(), "NUM_GPU_BLOCKS_OVERRIDE": "1"}
+        with WorkerProcess(COMMAND, environ):
+            result = httpx.post(f"{server.endpoint_url}/runsync", json={"input": {"prompt": "?"}}, timeout=120).json()
+    assert result["status"] == "FAILED"
+    assert "memory for the cache" in result["error"]
+    assert "Lower MAX_MODEL_LEN" in result["error"]

@@ -1,0 +1,284 @@
+"""Links that must not be followed, against a server that would notice; and links that may."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+
+from tests.support.links import Server
+from worker.errors import (
+    LinkServerRefusedError,
+    MediaError,
+    MediaTooLargeError,
+    RefusedLinkError,
+    TooSlowError,
+    UnreachableError,
+)
+from worker.media import fetch as fetching
+from worker.media.checks import Limit
+from worker.media.fetch import Fetcher, Policy, is_public
+
+LIMIT = Limit("MAX_IMAGE_BYTES", 1_000_000)
+OPEN = Policy(seconds=10, private_networks=True)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+class Names(AbstractResolver):
+    """Gives every name the same addresses."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses
+
+    async def resolve(
+        self, host: str, port: int = 0, _family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        kind = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [
+            ResolveResult(hostname=host, host=one, port=port, family=kind[":" in one], proto=0, flags=0)
+            for one in self.addresses
+        ]
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Public(Names):
+    """Knows one name, and of the others what everybody knows."""
+
+    async def resolve(self, host: str, *arguments: Any, **options: Any) -> list[ResolveResult]:
+        if host == "public.example":
+            return await super().resolve(host, *arguments, **options)
+        return await ThreadedResolver().resolve(host, *arguments, **options)
+
+
+def fetch(link: str, policy: Policy = OPEN, resolver: Names | None = None) -> bytes:
+    async def run() -> bytes:
+        fetcher = Fetcher(policy, resolver)
+        try:
+            return await fetcher.get(link, LIMIT)
+        finally:
+            await fetcher.aclose()
+
+    return asyncio.run(run())
+
+
+def test_what_is_behind_a_link_is_returned(server: Server) -> None:
+    assert fetch(f"{server.url}/picture.png?a=1&b=%2F") == b"hello"
+    assert server.hits == ["/picture.png?a=1&b=%2F"]
+    assert {"authorization", "cookie", "proxy-authorization"}.isdisjoint(server.headers)
+
+
+def test_redirects_are_followed_three_times(server: Server) -> None:
+    chain = "/redirect/" * 3 + "/end"
+    assert fetch(server.url + chain) == b"hello"
+    assert len(server.hits) == 4
+    with pytest.raises(MediaError, match="redirects more than 3 times"):
+        fetch(f"{server.url}/loop/")
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        pytest.param("/status/404", LinkServerRefusedError, "HTTP status 404", id="404"),
+        pytest.param("/status/403", LinkServerRefusedError, "HTTP status 403", id="403"),
+        pytest.param("/status/429", UnreachableError, "HTTP status 429", id="429"),
+        pytest.param("/status/500", UnreachableError, "HTTP status 500", id="500"),
+        pytest.param("/endless/", MediaTooLargeError, "MAX_IMAGE_BYTES=1000000", id="endless"),
+        pytest.param("/packed/", MediaTooLargeError, "MAX_IMAGE_BYTES=1000000", id="small until unpacked"),
+        pytest.param("/broken/", UnreachableError, "broke off", id="broken off"),
+        pytest.param("/redirect/ftp://example.org/x", RefusedLinkError, "only https:, http:", id="redirect to ftp"),
+        pytest.param("/redirect/file:///etc/passwd", RefusedLinkError, "only https:, http:", id="redirect to a file"),
+        pytest.param("/redirect/http://u:p@example.org/", RefusedLinkError, "user name", id="redirect with a password"),
+    ],
+)
+def test_what_cannot_be_had(server: Server, path: str, error: type[MediaError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fetch(server.url + path)
+
+
+def test_the_deadline_is_for_all_of_it(server: Server) -> None:
+    with pytest.raises(TooSlowError, match=r"MEDIA_FETCH_TIMEOUT=0\.3 s"):
+        fetch(f"{server.url}/drip/", Policy(seconds=0.3, private_networks=True))
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        fetch("http://127.0.0.1:9/x")
+
+
+def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert fetch(f"{server.url}/x") == b"hello"
+
+
+LOOPBACK = (
+    "127.0.0.1 127.1 127.0.1 0x7f.0.0.1 0x7f000001 2130706433 017700000001 0177.0.0.1 127.0.0.1. 127.255.255.254 "
+    "[::1] [0:0:0:0:0:0:0:1] [::ffff:127.0.0.1] [::ffff:7f00:1] [::127.0.0.1] [64:ff9b::127.0.0.1] [2002:7f00:1::] "
+    "0.0.0.0 0 [::] localhost LOCALHOST localhost. ①②⑦.⓪.⓪.① 127。0。0。1 １２７.0.0.1"
+).split()
+INSIDE = (
+    "169.254.169.254 169.254.169.254. 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518 [::ffff:169.254.169.254] "
+    "[::ffff:a9fe:a9fe] [64:ff9b::a9fe:a9fe] [2002:a9fe:a9fe::] [fe80::1] [fe80::1%25eth0] [fd00:ec2::254] "
+    "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] 10.0.0.1 172.16.0.1 172.31.255.255 192.168.0.1 100.64.0.1 "
+    "100.127.255.255 198.18.0.1 192.0.0.8 192.0.2.1 198.51.100.1 203.0.113.1 224.0.0.1 239.255.255.255 240.0.0.1 "
+    "255.255.255.255 [fc00::1] [ff02::1] [2001:db8::1] [64:ff9b:1::1] [2001:0:7f00:1::] [2001:0:4136:e378::80ff:fffe] "
+    "[fec0::1] [3fff::1] [2606:4700::5efe:10.0.0.1] [2606:4700::200:5efe:a00:1]"
+).split()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("host", [*LOOPBACK, *INSIDE])
+def test_no_address_inside_is_connected_to(server: Server, scheme: str, host: str) -> None:
+    for port in ("", ":80", f":{server.server_port}"):
+        began = time.monotonic()
+        with pytest.raises(RefusedLinkError):
+            fetch(f"{scheme}://{host}{port}/x", Policy(seconds=1, ports=(80, 443, server.server_port)))
+        assert time.monotonic() - began < 1
+    assert server.hits == []
+
+
+@pytest.mark.parametrize("host", [host for host in (*LOOPBACK, *INSIDE) if host.isascii()])
+def test_no_redirect_leads_inside(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first server counts as public."""
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.7.7.7" or is_public(address))
+    with Server("127.7.7.7") as public, Server("0.0.0.0") as inside:
+        policy = Policy(seconds=5, ports=(80, 443, public.server_port, inside.server_port))
+        resolver = Public("127.7.7.7")
+        start = f"http://public.example:{public.server_port}/redirect/"
+        there = f"//{host}:{inside.server_port}/x"
+        for link in (f"http:{there}", f"https:{there}", there, f"/redirect/http:{there}", f"http://{host}/x"):
+            began = time.monotonic()
+            with pytest.raises(RefusedLinkError):
+                fetch(start + link, policy, resolver)
+            assert time.monotonic() - began < 1
+        assert len(public.hits) == 6
+        assert inside.hits == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "",
+        "example.org/x.png",
+        "ftp://example.org/x",
+        "file:///etc/passwd",
+        "gopher://example.org/",
+        "http://",
+        "http:///x",
+        "http://user@example.org/",
+        "http://:password@example.org/",
+        "http://example.org@127.0.0.1/",
+        "http://127.0.0.1#@example.org/",
+        "http://127.0.0.1\\@example.org/",
+        "http://example.org:22/",
+        "http://example.org:6379/",
+        "https://example.org:8081/",
+        "http://example.org:99999/",
+        "http://example.org:x/",
+        "http://[::1/",
+        "http://exa mple.org/",
+        "http://example.org\r\nHost: x/",
+        "http://\x00/",
+        "unix:///var/run/docker.sock",
+        "jar:http://example.org!/",
+        "http://%31%32%37.0.0.1/",
+        "http://127%2e0%2e0%2e1/",
+        "http://example.org%00.evil.example/",
+    ],
+)
+def test_odd_links(server: Server, link: str) -> None:
+    """Each is refused for what it is, and before anything is asked about it."""
+    began = time.monotonic()
+    with pytest.raises(MediaError) as caught:
+        fetch(link, Policy(seconds=5), resolver=Names("127.0.0.1"))
+    assert caught.value.status in (400, 403)
+    assert time.monotonic() - began < 1
+    assert server.hits == []
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        pytest.param(["127.0.0.1"], id="loopback"),
+        pytest.param(["169.254.169.254"], id="metadata"),
+        pytest.param(["93.184.215.14", "10.0.0.1"], id="one of two"),
+        pytest.param(["::ffff:10.0.0.1"], id="mapped"),
+    ],
+)
+def test_a_name_with_an_address_inside_is_refused_whatever_its_others(addresses: list[str]) -> None:
+    with pytest.raises(RefusedLinkError, match="public address") as caught:
+        fetch("http://innocent.example/x", Policy(seconds=5), resolver=Names(*addresses))
+    assert not any(address in str(caught.value) for address in addresses)
+
+
+def test_a_name_that_changes_its_mind_is_asked_once(server: Server) -> None:
+    class Rebinding(Names):
+        asked = 0
+
+        async def resolve(self, *args: Any, **options: Any) -> list[ResolveResult]:
+            self.asked += 1
+            self.addresses = ("192.0.2.1",) if self.asked > 1 else ("127.0.0.1",)
+            return await super().resolve(*args, **options)
+
+    resolver = Rebinding()
+    assert fetch(f"http://name.example:{server.server_port}/redirect//x", OPEN, resolver=resolver) == b"hello"
+    assert resolver.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("cdn.example.org", True),
+        ("a.b.example.org", True),
+        ("CDN.EXAMPLE.ORG.", True),
+        ("example.org", False),
+        ("evil-example.org", False),
+        ("example.org.evil.net", False),
+        ("other.net", True),
+        ("sub.other.net", False),
+    ],
+)
+def test_domains_narrow_it(host: str, allowed: bool) -> None:
+    policy = Policy(seconds=1, domains=(("*.example.org", "other.net"),))
+    with pytest.raises(RefusedLinkError) as caught:
+        fetch(f"http://{host}/x", policy, resolver=Names("127.0.0.1"))
+    assert ("MEDIA_ALLOWED_DOMAINS" in str(caught.value)) is not allowed
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::8.8.8.8", True),
+        ("no address", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_a_fetch_that_is_cancelled_leaves_the_server(server: Server) -> None:
+    async def run() -> None:
+        fetcher = Fetcher(OPEN)
+        task = asyncio.create_task(fetcher.get(f"{server.url}/drip/", LIMIT))
+        while not server.hits:  # noqa: ASYNC110 - the server is in a thread
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await fetcher.aclose()
+
+    asyncio.run(run())

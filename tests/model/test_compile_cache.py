@@ -1,0 +1,140 @@
+"""The compile cache on a shared volume, which may hold anything."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import ROOT
+from worker.model.compile_cache import CompileCache, key_of
+
+
+def cache(tmp_path: Path, worker: str = "one", key: str = "key", max_bytes: int = 10**9) -> CompileCache:
+    return CompileCache(tmp_path / "volume", key, tmp_path / worker, max_bytes)
+
+
+def compiled(tmp_path: Path, worker: str = "one", name: str = "torch_compile_cache/a/b.so", size: int = 10) -> Path:
+    file = tmp_path / worker / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(bytes(size))
+    return file
+
+
+def test_the_next_worker_has_what_the_first_compiled(tmp_path: Path) -> None:
+    first = cache(tmp_path)
+    assert not first.restore()
+    compiled(tmp_path)
+    compiled(tmp_path, name="assets/picture.png")
+    assert first.save()
+    second = cache(tmp_path, "two")
+    assert second.restore()
+    assert (tmp_path / "two/torch_compile_cache/a/b.so").is_file()
+    assert not (tmp_path / "two/assets").exists()
+    assert not second.save()
+    compiled(tmp_path, "two", "torch_compile_cache/c.so")
+    assert second.save()
+    assert cache(tmp_path, "three").restore()
+    assert (tmp_path / "three/torch_compile_cache/c.so").is_file()
+
+
+def test_a_file_that_has_grown_is_new(tmp_path: Path) -> None:
+    one = cache(tmp_path)
+    one.restore()
+    compiled(tmp_path)
+    assert one.save()
+    assert not one.save()
+    compiled(tmp_path, size=20)
+    assert one.save()
+
+
+def test_more_than_the_volume_may_hold_is_not_copied(tmp_path: Path) -> None:
+    one = cache(tmp_path, max_bytes=1000)
+    one.restore()
+    compiled(tmp_path, size=2000)
+    assert not one.save()
+    assert not (tmp_path / "volume").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"\0" * 2000], ids=["empty", "text", "zeros"])
+def test_a_broken_archive_is_no_cache_and_is_replaced(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "volume/key.tar").write_bytes(content)
+    one = cache(tmp_path)
+    one.restore()
+    compiled(tmp_path)
+    assert one.save()
+    assert cache(tmp_path, "two").restore()
+
+
+def test_an_archive_that_is_cut_off_is_no_cache(tmp_path: Path) -> None:
+    one = cache(tmp_path)
+    one.restore()
+    compiled(tmp_path, size=100_000)
+    one.save()
+    archive = tmp_path / "volume/key.tar"
+    os.truncate(archive, 5_000)
+    assert not cache(tmp_path, "two").restore()
+    assert list((tmp_path / "two").iterdir()) == []
+
+
+def test_an_archive_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "volume").mkdir()
+    with tarfile.open(tmp_path / "volume/key.tar", "w") as archive:
+        archive.add(__file__, "../outside.py")
+    assert not cache(tmp_path).restore()
+    assert not (tmp_path / "outside.py").exists()
+
+
+def test_a_volume_that_cannot_be_written_to_fails_nothing(tmp_path: Path) -> None:
+    (tmp_path / "volume").write_text("a file where a folder should be")
+    one = cache(tmp_path)
+    assert not one.restore()
+    compiled(tmp_path)
+    assert not one.save()
+
+
+def test_the_least_recently_used_goes_first_and_what_was_left_behind(tmp_path: Path) -> None:
+    compiled(tmp_path, size=30_000)
+    for age, key in ((3, "old"), (2, "used"), (1, "newer")):
+        one = cache(tmp_path, key=key)
+        one.save()
+        os.utime(tmp_path / f"volume/{key}.tar", (time.time() - 100 * age,) * 2)
+    (tmp_path / "volume/left.tmp").write_bytes(b"x")
+    os.utime(tmp_path / "volume/left.tmp", (0, 0))
+    assert cache(tmp_path, "two", "old").restore()
+    cache(tmp_path, key="last", max_bytes=100_000).save()
+    assert {file.name for file in (tmp_path / "volume").iterdir()} == {"last.tar", "old.tar"}
+
+
+def test_two_workers_write_at_once_and_one_is_killed(tmp_path: Path) -> None:
+    compiled(tmp_path, size=3_000_000)
+    program = """
+import sys
+from pathlib import Path
+from worker.model.compile_cache import CompileCache
+root = Path(sys.argv[1])
+while True:
+    CompileCache(root / "volume", "key", root / "one", 10**9).save()
+    print(".", flush=True)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    writers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+        for number in range(20):
+            assert cache(tmp_path, f"reader{number}").restore()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert cache(tmp_path, "last").restore()
+
+
+def test_keys() -> None:
+    assert key_of({"a": 1, "b": Path("/x")}) == key_of({"b": Path("/x"), "a": 1}) != key_of({"a": 2})

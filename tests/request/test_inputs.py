@@ -1,0 +1,227 @@
+"""Every accepted shape of a job's input, and what is said of the others."""
+
+import base64
+from typing import Any
+
+import pytest
+
+from worker.errors import InvalidRequestError, JobError, RouteNotFoundError
+from worker.request import inputs as jobs
+from worker.request.inputs import ApiCall
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
+MP4 = base64.b64encode(b"\x00\x00\x00\x20ftypisom" + bytes(40)).decode()
+
+
+def chat(**fields: Any) -> ApiCall:
+    return ApiCall("POST", "/v1/chat/completions", "", fields)
+
+
+def user(*content: Any) -> list[Any]:
+    return [{"role": "user", "content": list(content)}]
+
+
+def image_part(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def video_part(url: str) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("job_input", "call"),
+    [
+        pytest.param(
+            {"openai_route": "/v1/chat/completions", "openai_input": {"messages": MESSAGES, "stream": True}},
+            ApiCall("POST", "/v1/chat/completions", "", {"messages": MESSAGES, "stream": True}),
+            id="openai",
+        ),
+        pytest.param({"openai_route": "/v1/models"}, ApiCall("GET", "/v1/models", "", None), id="openai GET, absent"),
+        pytest.param(
+            {"openai_route": "/v1/models", "openai_input": None},
+            ApiCall("GET", "/v1/models", "", None),
+            id="openai GET, null",
+        ),
+        pytest.param(
+            {"openai_route": "/v1/models", "openai_input": {}},
+            ApiCall("GET", "/v1/models", "", None),
+            id="openai GET, empty",
+        ),
+        pytest.param(
+            {"route": "/tokenize", "body": {"prompt": "a"}},
+            ApiCall("POST", "/tokenize", "", {"prompt": "a"}),
+            id="route",
+        ),
+        pytest.param({"route": "/metrics"}, ApiCall("GET", "/metrics", "", None), id="route GET"),
+        pytest.param(
+            {"route": "v1/responses/resp_1?stream=false"},
+            ApiCall("GET", "/v1/responses/resp_1", "stream=false", None),
+            id="route with an id and a query, no slash",
+        ),
+        pytest.param(
+            {"route": "/v1/responses/resp_1/cancel", "method": "POST"},
+            ApiCall("POST", "/v1/responses/resp_1/cancel", "", {}),
+            id="route with a method",
+        ),
+        pytest.param({"messages": MESSAGES}, chat(messages=MESSAGES), id="messages"),
+        pytest.param(
+            {"messages": MESSAGES, "stream": True, "model": "m", "tools": [], "max_tokens": 5},
+            chat(messages=MESSAGES, stream=True, model="m", tools=[], max_tokens=5),
+            id="messages with OpenAI fields",
+        ),
+        pytest.param(
+            {"messages": MESSAGES, "sampling_params": {"temperature": 0, "max_tokens": 5}, "max_tokens": 7},
+            chat(messages=MESSAGES, temperature=0, max_tokens=7),
+            id="sampling_params yield to fields beside them",
+        ),
+        pytest.param(
+            {"prompt": "Once", "sampling_params": {"max_tokens": 5}},
+            ApiCall("POST", "/v1/completions", "", {"prompt": "Once", "max_tokens": 5}),
+            id="prompt",
+        ),
+        pytest.param(
+            {"prompt": [1, 2, 3]},
+            ApiCall("POST", "/v1/completions", "", {"prompt": [1, 2, 3]}),
+            id="prompt of token ids",
+        ),
+        pytest.param(
+            {"prompt": "Hello", "apply_chat_template": True},
+            chat(messages=[{"role": "user", "content": "Hello"}]),
+            id="prompt as a chat",
+        ),
+        pytest.param(
+            {"prompt": "What is this?", "image": "https://example.org/a.png"},
+            chat(messages=user(image_part("https://example.org/a.png"), text_part("What is this?"))),
+            id="image by URL",
+        ),
+        pytest.param(
+            {"prompt": "?", "image": PNG},
+            chat(messages=user(image_part(f"data:image/png;base64,{PNG}"), text_part("?"))),
+            id="image as bare base64",
+        ),
+        pytest.param(
+            {"prompt": "?", "images": ["data:image/png;base64,AA", PNG], "videos": [MP4]},
+            chat(
+                messages=user(
+                    image_part("data:image/png;base64,AA"),
+                    image_part(f"data:image/png;base64,{PNG}"),
+                    video_part(f"data:video/mp4;base64,{MP4}"),
+                    text_part("?"),
+                )
+            ),
+            id="images and videos",
+        ),
+        pytest.param(
+            {"prompt": "Hello", "apply_chat_template": True, "images": None, "sampling_params": None, "stream": None},
+            chat(messages=[{"role": "user", "content": "Hello"}], stream=None),
+            id="nulls",
+        ),
+        pytest.param(
+            {"prompt": "?", "video": "http://example.org/a.mp4", "max_tokens": 9},
+            chat(messages=user(video_part("http://example.org/a.mp4"), text_part("?")), max_tokens=9),
+            id="video",
+        ),
+    ],
+)
+def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
+    assert jobs.parse(job_input) == call
+
+
+@pytest.mark.parametrize(
+    ("job_input", "message", "param"),
+    [
+        pytest.param(None, "must be a JSON object, not null", None, id="null"),
+        pytest.param("Hello", "must be a JSON object, not a string", None, id="string"),
+        pytest.param(["Hello"], "must be a JSON object, not a list", None, id="list"),
+        pytest.param({}, "has nothing, which fits no accepted shape. It must have one of 'messages'", None, id="empty"),
+        pytest.param({"text": "Hello"}, "has 'text', which fits no accepted shape", None, id="unknown key"),
+        pytest.param({"messages": "Hello"}, "Wrong field 'messages'", "messages", id="messages as text"),
+        pytest.param({"messages": ["Hello"]}, "Wrong field 'messages[0]'", "messages[0]", id="message as text"),
+        pytest.param({"prompt": 7}, "Wrong field 'prompt'", "prompt", id="prompt as number"),
+        pytest.param(
+            {"prompt": "a", "sampling_params": [1]}, "Wrong field 'sampling_params'", "sampling_params", id="params"
+        ),
+        pytest.param({"prompt": ["a"], "image": PNG}, "must be a string", "prompt", id="media beside token ids"),
+        pytest.param({"prompt": "?", "image": "cat.png"}, "'image' is neither a URL", "image", id="file name"),
+        pytest.param({"prompt": "?", "images": [PNG, MP4]}, "holds video/mp4", "images[1]", id="video as image"),
+        pytest.param({"messages": MESSAGES, "image": PNG}, "'image' goes with 'prompt'", "image", id="misplaced image"),
+        pytest.param(
+            {"route": "/v1/models", "bdy": {}},
+            "Wrong field 'bdy' in the job's input: no such field; accepted are 'route', 'body', 'method'.",
+            "bdy",
+            id="misspelt field",
+        ),
+        pytest.param({"route": "/v1/models", "method": "PUT"}, "'GET' or 'POST'", "method", id="method"),
+        pytest.param({"openai_route": 7}, "Wrong field 'openai_route'", "openai_route", id="route as number"),
+    ],
+)
+def test_refused(job_input: object, message: str, param: str | None) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        jobs.parse(job_input)
+    assert message in str(caught.value)
+    assert caught.value.body()["error"] == {
+        "message": str(caught.value),
+        "type": "BadRequestError",
+        "param": param,
+        "code": 400,
+    }
+
+
+def test_a_refusal_does_not_repeat_the_prompt() -> None:
+    with pytest.raises(JobError) as caught:
+        jobs.parse({"prompt": {"text": "my secret"}})
+    assert "my secret" not in str(caught.value)
+
+
+CONTROL_ROUTES = [
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/start_profile",
+    "/sleep",
+    "/scale_elastic_ep",
+    "/v1/../sleep",
+    "/v1/responses/a/b",
+    "/docs",
+    "",
+]
+
+
+@pytest.mark.parametrize("route", CONTROL_ROUTES)
+@pytest.mark.parametrize("key", ["route", "openai_route"])
+def test_control_routes_are_not_there(route: str, key: str) -> None:
+    with pytest.raises(RouteNotFoundError, match="/v1/chat/completions") as caught:
+        jobs.parse({key: route})
+    assert caught.value.body()["error"]["code"] == 404
+
+
+def test_control_routes_can_be_switched_on() -> None:
+    body = {"lora_name": "a", "lora_path": "b"}
+    call = jobs.parse({"route": "/v1/load_lora_adapter", "body": body}, control_routes=True)
+    assert call == ApiCall("POST", "/v1/load_lora_adapter", "", body)
+
+
+@pytest.mark.parametrize(
+    ("job_input", "form"),
+    [
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": True}}, "sse", id="openai"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": False}}, None, id="openai, not streaming"),
+        pytest.param({"openai_route": "/v1/x"}, None, id="openai, no body"),
+        pytest.param({"route": "/v1/x", "body": {"stream": True}}, "objects", id="route"),
+        pytest.param({"messages": 7, "stream": True}, "objects", id="messages, also wrong ones"),
+        pytest.param({"prompt": "a"}, None, id="prompt"),
+        pytest.param({"prompt": "a", "sampling_params": {"stream": True}}, "objects", id="sampling_params"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": "true"}}, "sse", id="text that means true"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": 1}}, "sse", id="number that means true"),
+        pytest.param({"prompt": "a", "stream": None}, None, id="null"),
+        pytest.param({"prompt": "a", "stream": "perhaps"}, None, id="neither"),
+        pytest.param("text", None, id="no object"),
+    ],
+)
+def test_stream_form(job_input: object, form: str | None) -> None:
+    assert jobs.stream_form(job_input) == form

@@ -1,0 +1,131 @@
+"""The HTTP server's thread, with a loop of its own, because loading keeps the main thread busy."""
+
+import asyncio
+import os
+import socket
+import threading
+import weakref
+from collections.abc import Coroutine, Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import uvicorn
+import uvloop
+
+from worker.errors import ConfigurationError
+from worker.request.asgi import App
+
+KEEP_ALIVE_SECONDS = 75
+"""Longer than a load balancer keeps a connection, so that it never sends into one that has just been closed."""
+HALT_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+class HttpServer:
+    """Serves an app on some ports from a thread of its own, within a `with` block."""
+
+    def __init__(self, app: App, ports: Iterable[int], host: str = "0.0.0.0") -> None:  # noqa: S104 - a container's
+        self._sockets = [_listen(host, port) for port in dict.fromkeys(ports)]
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._loop = self._runner.get_loop()
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self._go_on = threading.Event()
+        self._heed_forks()
+
+    @property
+    def ports(self) -> list[int]:
+        """Where it listens."""
+        return [listener.getsockname()[1] for listener in self._sockets]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the server's loop and return its result."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def notify(self, event: asyncio.Event) -> None:
+        """Set an event of the server's loop, from a signal handler too; once that has ended, nobody waits for it."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(event.set)
+
+    def _heed_forks(self) -> None:
+        """Have what forks find the server at rest. What is registered stays so; a server that is gone does nothing."""
+        mine = weakref.ref(self)
+
+        def before() -> None:
+            if (server := mine()) is not None:
+                server._stand_still()
+
+        def after_in_child() -> None:
+            if mine() is not None:
+                _close_inherited()
+
+        os.register_at_fork(before=before, after_in_parent=self._go_on.set, after_in_child=after_in_child)
+
+    def _stand_still(self) -> None:
+        """Halt the thread while this process forks: a lock that it held would never be released in the child."""
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            return
+        stands = threading.Event()
+        self._go_on.clear()
+
+        def halt() -> None:
+            stands.set()
+            self._go_on.wait()
+
+        self._loop.call_soon_threadsafe(halt)
+        stands.wait(timeout=HALT_SECONDS)
+
+    def _serve(self) -> None:
+        with self._runner:
+            self._runner.run(self._server.serve(sockets=self._sockets))
+
+
+def _close_inherited() -> None:
+    """Close what a forked child has of the server: ports that would stay taken, and connections that nobody ends."""
+    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        try:
+            inherited = socket.socket(fileno=descriptor)
+        except OSError:
+            continue
+        if inherited.family not in (socket.AF_INET, socket.AF_INET6):
+            inherited.detach()
+        inherited.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"Port {port} cannot be opened: {error.strerror}. Choose another with PORT, PORT_HEALTH or METRICS_PORT."
+        ) from None
+    return listener
