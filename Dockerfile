@@ -1,13 +1,12 @@
 # syntax=docker/dockerfile:1
-# Two images. On vLLM's own, for GPUs:
-#   docker build --target gpu .                     VLLM_REPOSITORY and VLLM_TAG choose another base, such as an older
-#                                                   CUDA's, MODEL_NAME a model to put in (--secret id=HF_TOKEN)
-# and on plain Python, with the embedded model, to try the worker without one:
-#   docker build --target cpu .
+# Two images:
+#   docker build --target gpu .   for GPUs, based on vLLM's image. VLLM_REPOSITORY and VLLM_TAG choose another base, such
+#                                 as one for an older CUDA; MODEL_NAME adds a model (--secret id=HF_TOKEN if it is gated).
+#   docker build --target cpu .   to try the worker without a GPU, based on plain Python, with the embedded model.
 ARG VLLM_REPOSITORY=vllm/vllm-openai
 ARG VLLM_TAG=v0.32.0
 
-# What changes seldom comes first: packages, bytecode, and what vLLM finds out about its model classes.
+# Layers that rarely change come first: packages, bytecode, and vLLM's cache of model class properties.
 FROM ${VLLM_REPOSITORY}:${VLLM_TAG} AS base
 ENV VLLM_CACHE_ROOT=/var/cache/vllm PYTHONUNBUFFERED=1
 WORKDIR /worker
@@ -19,7 +18,7 @@ RUN python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash \
 COPY builder/inspect_models.py builder/
 RUN python3 builder/inspect_models.py && chown -R worker:worker /var/cache/vllm
 
-# A model, if one is named; the token is in no layer.
+# Downloads the model if MODEL_NAME is set. No layer contains the token.
 FROM base AS model
 ARG MODEL_NAME=""
 ARG MODEL_REVISION=""
@@ -48,7 +47,7 @@ ENTRYPOINT ["builder/entrypoint.sh"]
 FROM python:3.12-slim AS cpu
 ENV VLLM_CACHE_ROOT=/var/cache/vllm PYTHONUNBUFFERED=1
 WORKDIR /worker
-# vLLM compiles a little for the CPU that it finds.
+# vLLM needs a compiler: it compiles some code for the CPU when it starts.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libgl1 libglib2.0-0 libnuma1 util-linux \
  && rm -rf /var/lib/apt/lists/*

@@ -14,7 +14,7 @@ TINY := set -a && . tests/models/tiny-vlm.env && set +a
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-setup: $(READY) ## Create .venv with everything that running and testing need
+setup: $(READY) ## Create .venv with everything needed to run and test the worker
 
 $(READY): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,20 +29,20 @@ $(READY): $(LOCK)
 	  >/dev/null 2>&1 || true
 	@touch $@
 
-run: setup ## Answer test_input.json with the embedded model, once
+run: setup ## Run the job in test_input.json with the embedded model, and exit
 	@echo "Starting the worker on the embedded model (its log goes to .run.log); this takes about half a minute" >&2
 	@$(TINY) && $(BIN)/python handler.py 2>.run.log || { code=$$?; tail -n 20 .run.log >&2; exit $$code; }
 
-test: setup ## Run the whole test suite
+test: setup ## Run all tests
 	@$(BIN)/python -m pytest
 
-check: setup ## Lint, types, and whether vLLM and the SDK still are what the code leans on
+check: setup ## Check format, lint and types, and that vLLM and the SDK still have what the code relies on
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/project/test_drift.py
 
-clients: setup .venv-clients/.ready ## Try the worker with the clients that people use, in an environment of their own
+clients: setup .venv-clients/.ready ## Test the worker with popular client libraries, installed in .venv-clients
 	@$(BIN)/python -m pytest tests/end_to_end/test_clients.py
 
 .venv-clients/.ready: builder/requirements-clients.txt | setup
@@ -51,11 +51,11 @@ clients: setup .venv-clients/.ready ## Try the worker with the clients that peop
 	@$(BIN)/uv pip install --quiet --python .venv-clients/bin/python --no-deps --requirement $<
 	@touch $@
 
-local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod, on PORT
+local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod; PORT=8090
 	@$(TINY) && $(BIN)/python -m standin --port $(PORT) -- $(BIN)/python handler.py
 
 # An earlier release gets an environment of its own.
-conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's answers with vllm serve's; VLLM=0.31.0 for an earlier release
+conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's responses with those of vllm serve; VLLM=0.31.0 for an earlier release
 	@$(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/end_to_end/test_conformance.py
 
 .venv-%/.ready: builder/requirements-cpu.in builder/overrides.txt | setup
@@ -65,32 +65,32 @@ conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's an
 	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --override builder/overrides.txt --requirement .venv-$*/requirements.in
 	@touch $@
 
-bench: setup ## Compare the worker with vllm serve, and its media with vLLM's; takes a while
+bench: setup ## Compare the worker's speed with vllm serve, and its media loading with vLLM's; takes long; BENCH="--rounds 1" for less
 	@$(BIN)/python -m bench $(BENCH)
 	@$(BIN)/python -m bench.media
 
-bench-coldstart: setup ## Compare the time from the start to the first token with a vllm serve that is polled
+bench-coldstart: setup ## Compare the time from the start to the first token with that of a polled vllm serve
 	@$(BIN)/python -m bench.coldstart $(BENCH)
 	@$(BIN)/python -m bench.prefetch
 
-endurance: setup ## Run 10,000 short jobs; fails when one is lost or doubled, or memory grows
+endurance: setup ## Run 10,000 short jobs; fails if one is lost or answered twice, or if memory grows
 	@$(BIN)/python -m bench.endurance
 
-soak: setup ## Run mixed jobs, cancels and faults for a quarter of an hour; SOAK="--minutes 1" for less
+soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--minutes 1" for less
 	@$(BIN)/python -m bench.soak $(SOAK)
 
-fuzz: setup ## Fuzz what reads callers' words, guided by coverage; FUZZ_SECONDS=60
+fuzz: setup ## Fuzz the parsers of client input, guided by coverage; FUZZ_SECONDS=60
 	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/project/test_fuzz.py
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python atheris==3.0.0
 	@mkdir -p .fuzz && $(BIN)/python -m tests.fuzz.guided .fuzz -max_total_time=$(or $(FUZZ_SECONDS),60) -timeout=10
 
-cancellation: setup ## Measure how soon a cancelled job makes room for the next
+cancellation: setup ## Measure how soon a cancelled job frees its slot
 	@$(BIN)/python -m bench.cancellation
 
-audit: setup ## Look for known weaknesses in what the image installs; needs access to the advisories
+audit: setup ## Check the packages that the image installs for known vulnerabilities; needs Internet access
 	@$(BIN)/uv tool run --quiet pip-audit==2.10.1 --disable-pip --no-deps --requirement builder/requirements.txt
 
-monitoring: setup ## Run Prometheus, from Debian's packages, on the scrape configuration and the rules
+monitoring: setup ## Test the scrape configuration and the alerts with Prometheus, from Debian's packages
 	@mkdir -p .prometheus && cd .prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .
 	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(BIN)/python -m pytest tests/end_to_end/test_monitoring.py
 
@@ -99,21 +99,21 @@ browser: setup ## Install Chromium from Debian's packages for the playground's t
 	  { echo "Only root may: sudo apt-get update && sudo apt-get install --yes chromium chromium-driver"; exit 1; }
 	@apt-get update -qq && apt-get install --yes --no-install-recommends chromium chromium-driver
 
-lock: setup ## Compile the requirements anew
+lock: setup ## Update the pinned versions in builder/requirements-cpu.txt
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \
 	  --override builder/overrides.txt --output-file $(LOCK) builder/requirements-cpu.in
 
-generate: setup ## Write anew what repeats the settings: the Hub's listings, docs/configuration.md, .env.example
+generate: setup ## Regenerate the files that list the settings: RunPod's Hub listings, docs/configuration.md, .env.example
 	@$(BIN)/python builder/generate.py 2>/dev/null
 
-generated: setup ## Whether what is generated is current
+generated: setup ## Check that the generated files are current
 	@$(BIN)/python builder/generate.py --check 2>/dev/null
 
-release-check: setup ## Run every gate and print one table; RELEASE="check test" for some of them
+release-check: setup ## Run all checks before a release and print a table; RELEASE="check test" for some of them
 	@$(BIN)/python builder/release_check.py $(RELEASE)
 
-model: setup ## Train the embedded model anew; the result must be the same
+model: setup ## Retrain the embedded model; the result must be identical
 	@$(BIN)/python tests/models/train_tiny_vlm.py
 
-clean: ## Remove what setup and runs made
+clean: ## Remove everything that setup and runs created
 	rm -rf .venv .venv-* .run.log .prometheus .fuzz .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,4 @@
-// docker buildx bake [gpu | cpu]; variables come from the environment: IMAGE=user/worker TAG=0.1.0 docker buildx bake gpu
+// docker buildx bake [gpu | cpu]. Set variables in the environment: IMAGE=user/worker TAG=0.1.0 docker buildx bake gpu
 variable "IMAGE" { default = "runpod-vllm-worker" }
 variable "TAG" { default = "dev" }
 variable "VLLM_REPOSITORY" { default = "vllm/vllm-openai" }
@@ -21,7 +21,7 @@ target "gpu" {
     VERSION         = TAG
     REVISION        = REVISION
   }
-  // A token for a gated model, from the environment, in no layer.
+  // The token for a gated model, from the environment. No layer contains it.
   secret = ["type=env,id=HF_TOKEN"]
 }
 

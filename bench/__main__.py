@@ -17,7 +17,7 @@ import psutil
 
 from bench import load, report
 from bench.load import Load
-from bench.servers import Server, http_worker, vllm_serve, worker
+from bench.servers import SDK_LOOP, Server, http_worker, vllm_serve, worker
 from tests.support.tiny import ROOT
 
 WARM_UP = Load(concurrency=8, requests=16, tokens=32, stream=True)
@@ -64,7 +64,7 @@ def _start(stack: ExitStack, folder: Path, names: list[str]) -> list[Server]:
     ways = {
         "worker": lambda: worker("worker", folder / "worker.log"),
         "http": lambda: http_worker(folder / "http.log"),
-        "sdk-loop": lambda: worker("sdk-loop", folder / "sdk-loop.log", WORKER_JOB_LOOP="sdk"),
+        "sdk-loop": lambda: worker("sdk-loop", folder / "sdk-loop.log", SDK_LOOP),
     }
     starts = [("vllm serve", vllm_serve(folder / "vllm.log")), *((name, ways[name]()) for name in names)]
     servers = []

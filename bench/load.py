@@ -1,25 +1,24 @@
-"""An OpenAI client that loads a server with chat requests and notes when tokens arrive."""
+"""An OpenAI client that sends chat requests to a server and measures when tokens arrive."""
 
 import asyncio
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
 
 import aiohttp
 
-from worker.request.sse import EventSplitter, payload
+from worker.request import sse
 
 GOLDEN_RATIO = 0.618
-"""Its multiples, modulo 1, are spread evenly however many there are."""
+"""Its multiples, modulo 1, are spread evenly between 0 and 1, however many there are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many requests, so many at once, generating `tokens` tokens on average.
+    """A number of requests, sent with a fixed concurrency, that generate `tokens` tokens on average.
 
-    Lengths differ, from half to one and a half times as many, as those of real answers do: equal ones keep in step, so
-    that the model is idle whenever all of them end and begin at once.
+    Lengths vary from half to one and a half times the average, like those of real responses. With equal lengths all
+    requests would end and begin at the same moment, and the model would be idle then.
     """
 
     concurrency: int
@@ -28,11 +27,11 @@ class Load:
     stream: bool
 
     def length(self, number: int) -> int:
-        """Return how many tokens a request generates; the same for every server."""
+        """Return the number of tokens that a request generates. It is the same for every server."""
         return round(self.tokens * (0.5 + number * GOLDEN_RATIO % 1))
 
     def body(self, number: int) -> dict[str, object]:
-        """Return the request's body; prompts differ so that no answer can be had from another's."""
+        """Return the request's body. Prompts differ, so that the prefix cache does not help."""
         return {
             "model": "tiny",
             "messages": [{"role": "user", "content": f"Tell me a story, number {number}"}],
@@ -45,7 +44,7 @@ class Load:
 
 @dataclass(slots=True)
 class Timings:
-    """What a client saw; seconds. A `gap` lies between two arrivals of new text in one stream."""
+    """Measured times in seconds. A gap is the time between two arrivals of new text in one stream."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -54,7 +53,7 @@ class Timings:
     gaps: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, float]:
-        """Return the rates, and the percentiles in milliseconds."""
+        """Return the rates per second, and the percentiles in milliseconds."""
         return {
             "tokens/s": self.tokens / self.seconds,
             "requests/s": self.requests / self.seconds,
@@ -71,7 +70,7 @@ def _percentiles(name: str, seconds: list[float]) -> dict[str, float]:
 
 
 async def run(base_url: str, load: Load) -> Timings:
-    """Send all of `load` to the server at `base_url` and return what was seen."""
+    """Send all requests to the server at `base_url` and return the measured times."""
     timings = Timings()
     numbers = iter(range(load.requests))
     connector = aiohttp.TCPConnector(limit=0)
@@ -89,32 +88,32 @@ async def run(base_url: str, load: Load) -> Timings:
 
 async def _request(session: aiohttp.ClientSession, url: str, number: int, load: Load, timings: Timings) -> None:
     started = time.perf_counter()
-    async with session.post(url, json=load.body(number), headers={"Authorization": "Bearer any"}) as answer:
-        if answer.status != 200:
-            raise RuntimeError(f"HTTP {answer.status}: {await answer.text()}")
+    async with session.post(url, json=load.body(number), headers={"Authorization": "Bearer any"}) as response:
+        if response.status != 200:
+            raise RuntimeError(f"HTTP {response.status}: {await response.text()}")
         if load.stream:
-            await _read_stream(answer.content, started, timings)
+            await _read_stream(response.content, started, timings)
         else:
-            used = (await answer.json())["usage"]["completion_tokens"]
-            if used != load.length(number):
-                raise RuntimeError(f"{used} tokens instead of {load.length(number)}")
+            generated = (await response.json())["usage"]["completion_tokens"]
+            if generated != load.length(number):
+                raise RuntimeError(f"{generated} tokens instead of {load.length(number)}")
     timings.requests += 1
     timings.tokens += load.length(number)
 
 
 async def _read_stream(content: aiohttp.StreamReader, started: float, timings: Timings) -> None:
-    splitter = EventSplitter()
+    buffer = sse.EventBuffer()
     last: float | None = None
     done = False
     async for data in content.iter_any():
-        events = splitter.feed(data)
-        done = done or any(event == b"data: [DONE]\n\n" for event in events)
+        events = list(sse.split(buffer.feed(data)))
+        done = done or sse.DONE in events
+        if events and sse.error_status(events[0]) is not None:
+            raise RuntimeError(events[0].decode())
         if not any(b'"content":"' in event and b'"content":""' not in event for event in events):
             continue
         now = time.perf_counter()
         (timings.first_token if last is None else timings.gaps).append(now - (last or started))
         last = now
-        if "error" in (payload(events[0]) or {}):
-            raise RuntimeError(json.dumps(payload(events[0])))
     if not done:
         raise RuntimeError("a stream ended without [DONE]")

@@ -1,8 +1,8 @@
-"""What the guard at vLLM's media connector costs: eight photographs and a film, with the guard and without.
+"""Measures how long the worker's media connector takes, compared with vLLM's own: eight photographs and a video.
 
-No model runs. Every load is repeated in turn with the worker's connector and vLLM's own; figures are medians. "Beyond
-the slowest fetch" is the time from the first fetch's start to the last image's pixels, less the slowest fetch: what
-checking and decoding cost that did not happen while something else was still on its way.
+No model runs. The two connectors take turns, and the figures are medians. "Beyond the slowest fetch" is the time from
+the start of the first fetch until all images are decoded, minus the slowest fetch: the time for checks and decoding
+that did not overlap with fetches.
 """
 
 import asyncio
@@ -29,9 +29,11 @@ from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 from tests.support import media
 from tests.support.ports import free_port
 from tests.support.tiny import ROOT
-from worker.engine import connector as guarding
-from worker.settings import settings as config
-from worker.telemetry.usage import Meter, metered
+from worker import settings
+from worker.engine import patches
+from worker.engine.connector import Guard
+from worker.settings.environment import MEDIA_CONNECTOR
+from worker.telemetry.usage import Usage, current_usage
 
 ROUNDS = 15
 PHOTOGRAPHS = 8
@@ -40,7 +42,7 @@ Load = Callable[[], Awaitable[Any]]
 
 
 def main() -> int:
-    """Measure, print, and write the figures."""
+    """Measure, then print the figures and write them to docs/benchmarks/media.json."""
     with tempfile.TemporaryDirectory() as folder, _server(Path(folder)) as url:
         figures = asyncio.run(_measure(Path(folder), url))
     result = {"command": "python -m bench.media", "cores": os.cpu_count(), "rounds": ROUNDS, "figures": figures}
@@ -52,13 +54,13 @@ def main() -> int:
 
 @contextmanager
 def _server(folder: Path) -> Iterator[str]:
-    """Serve photographs of a megabyte each, and a film, from a process of its own."""
+    """Serve photographs of about 1 MB each, and a video, from a separate process."""
     for index in range(PHOTOGRAPHS):
         (folder / f"{index}.jpg").write_bytes(_photograph(index))
     (folder / "film.mp4").write_bytes(media.film("red", "blue", frames=240, size=(1280, 720), rate=24.0))
     port = free_port()
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
-    with subprocess.Popen(  # noqa: S603 - its own program
+    with subprocess.Popen(  # noqa: S603 - the command is fixed
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as server:
         url = f"http://127.0.0.1:{port}"
@@ -73,7 +75,7 @@ def _server(folder: Path) -> Iterator[str]:
 
 
 def _photograph(seed: int) -> bytes:
-    """Return a JPEG file of a megabyte: smooth, with some grain."""
+    """Return a JPEG file of about 1 MB: a smooth image with some grain."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
         (1600, 1200), Image.Resampling.BICUBIC
@@ -85,11 +87,11 @@ def _photograph(seed: int) -> bytes:
 
 
 async def _measure(folder: Path, url: str) -> dict[str, Any]:
-    in_process = OpenCVVideoBackendMixin.open_video_capture
-    guard = guarding.guard(config.load({"MEDIA_ALLOW_PRIVATE_NETWORKS": "true"}), None)
-    guarding.install(guard)
-    in_a_process_of_its_own = OpenCVVideoBackendMixin.open_video_capture
-    connectors = {"worker": MEDIA_CONNECTOR_REGISTRY.load(guarding.NAME), "vLLM": MediaConnector()}
+    open_video = {"vLLM": OpenCVVideoBackendMixin.open_video_capture}
+    guard = Guard(settings.read({"MEDIA_ALLOW_PRIVATE_NETWORKS": "true"}), None)
+    patches.install(guard)
+    open_video["worker"] = OpenCVVideoBackendMixin.open_video_capture
+    connectors = {"worker": MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR), "vLLM": MediaConnector()}
     links = [f"{url}/{index}.jpg" for index in range(PHOTOGRAPHS)]
     inline = [media.data_url((folder / f"{index}.jpg").read_bytes(), "image/jpeg") for index in range(PHOTOGRAPHS)]
     film = media.data_url((folder / "film.mp4").read_bytes(), "video/mp4")
@@ -103,34 +105,28 @@ async def _measure(folder: Path, url: str) -> dict[str, Any]:
 
     for number in range(ROUNDS + 1):
         for name, connector in connectors.items() if number % 2 else reversed(connectors.items()):
-            for what, urls in (("links", links), ("base64", inline)):
-                meter = Meter()
-                metered.set(meter)
-                total = await timed(f"{what}, {name}", partial(_images, connector, urls))
-                if meter.fetches:
-                    slowest = max(fetch.seconds for fetch in meter.fetches)
+            for source, urls in (("links", links), ("base64", inline)):
+                usage = Usage()
+                current_usage.set(usage)
+                total = await timed(f"{source}, {name}", partial(_load_images, connector, urls))
+                if usage.fetches:
+                    slowest = max(fetch.seconds for fetch in usage.fetches)
                     seconds.setdefault("links, beyond the slowest fetch", []).append(total - slowest)
-            opening = in_a_process_of_its_own if name == "worker" else in_process
-            setattr(OpenCVVideoBackendMixin, "open_video_capture", opening)  # noqa: B010 - to mypy
+            setattr(OpenCVVideoBackendMixin, "open_video_capture", open_video[name])  # noqa: B010 - for mypy
             await timed(f"film, {name}", partial(connector.fetch_video_async, film))
         if number == 0:
-            # The first round has started processes and connections.
+            # The first round also starts processes and opens connections.
             seconds.clear()
     await guard.aclose()
-    medians = {name: statistics.median(each) for name, each in seconds.items()}
-    ratios = {
-        f"{what}, worker to vLLM": round(
-            statistics.median(
-                one / other for one, other in zip(seconds[f"{what}, worker"], seconds[f"{what}, vLLM"], strict=True)
-            ),
-            3,
-        )
-        for what in ("links", "base64", "film")
-    }
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {}
+    for source in ("links", "base64", "film"):
+        pairs = zip(seconds[f"{source}, worker"], seconds[f"{source}, vLLM"], strict=True)
+        ratios[f"{source}, worker to vLLM"] = round(statistics.median(worker / vllm for worker, vllm in pairs), 3)
     return {"ms": {name: round(1000 * value, 1) for name, value in sorted(medians.items())}, "ratio": ratios}
 
 
-async def _images(connector: MediaConnector, urls: list[str]) -> None:
+async def _load_images(connector: MediaConnector, urls: list[str]) -> None:
     await asyncio.gather(*(connector.fetch_image_async(url) for url in urls))
 
 

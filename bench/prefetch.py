@@ -1,4 +1,4 @@
-"""How much of the time to read 4 GB of weights hides behind the import of vLLM; nothing of them is in memory before."""
+"""Measures how much of the time to read 4 GB of weights from disk the prefetch hides behind the import of vLLM."""
 
 import json
 import os
@@ -18,17 +18,17 @@ IMPORT = [sys.executable, "-c", "import vllm.entrypoints.launchers.api_server.ap
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure, and print the result as JSON."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_FOLDER")) as name:
         folder = Path(name)
         for number in range(FILES):
             _write(folder / f"{number}.safetensors")
         seconds: dict[str, list[float]] = {"without": [], "with": []}
         for number in range(ROUNDS):
-            for way in ("without", "with") if number % 2 else ("with", "without"):
-                seconds[way].append(_reading_after_import(folder, prefetches=way == "with"))
-    medians = {way: round(statistics.median(each), 2) for way, each in seconds.items()}
-    hidden = [1 - one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
+            for variant in ("without", "with") if number % 2 else ("with", "without"):
+                seconds[variant].append(_seconds_to_read(sorted(folder.iterdir()), prefetch=variant == "with"))
+    medians = {variant: round(statistics.median(times), 2) for variant, times in seconds.items()}
+    hidden = [1 - fast / slow for fast, slow in zip(seconds["with"], seconds["without"], strict=True)]
     result = {"seconds to read after the import": medians, "hidden": round(statistics.median(hidden), 3)}
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
@@ -42,23 +42,24 @@ def _write(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _reading_after_import(folder: Path, prefetches: bool) -> float:
-    for file in folder.iterdir():
+def _seconds_to_read(files: list[Path], prefetch: bool) -> float:
+    """Return the seconds that reading the files takes after the import of vLLM, with or without the prefetch."""
+    for file in files:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, "-m", "worker.model.prefetch", str(folder)]
-    prefetch = subprocess.Popen(command, cwd=ROOT) if prefetches else None  # noqa: S603 - our own program
+    command = [sys.executable, "-m", "worker.model.prefetch", *map(str, files)]
+    process = subprocess.Popen(command, cwd=ROOT) if prefetch else None  # noqa: S603 - our own program
     subprocess.run(IMPORT, cwd=ROOT, check=True, capture_output=True)  # noqa: S603 - vLLM
-    began = time.perf_counter()
+    start = time.perf_counter()
     buffer = bytearray(16 << 20)
-    for file in sorted(folder.iterdir()):
+    for file in files:
         with file.open("rb", buffering=0) as opened:
             while opened.readinto(buffer):
                 pass
-    taken = time.perf_counter() - began
-    if prefetch is not None:
-        prefetch.wait()
-    return taken
+    seconds = time.perf_counter() - start
+    if process is not None:
+        process.wait()
+    return seconds
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from tests.support.ports import free_port
 from tests.support.tiny import ROOT
 
 MODEL_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker")
+SDK_LOOP = ("-m", "bench.sdk_loop")
+"""The worker under the SDK's own job loop."""
 START_SECONDS = 300
 
 
@@ -74,10 +76,10 @@ def vllm_flags(environ: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def worker(name: str, log: Path, **environ: str) -> Iterator[Server]:
+def worker(name: str, log: Path, program: tuple[str, ...] = ("handler.py",), **environ: str) -> Iterator[Server]:
     """Run the worker behind the platform's stand-in, as RunPod's queue does."""
     port = free_port()
-    command = [sys.executable, "-m", "standin", "--port", str(port), "--", sys.executable, "handler.py"]
+    command = [sys.executable, "-m", "standin", "--port", str(port), "--", sys.executable, *program]
     with _process(command, tiny.environment() | environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v2/local/openai/v1"
         _wait(process, f"{base_url}/models", log)

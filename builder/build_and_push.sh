@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the image for GPUs and pushes it: builder/build_and_push.sh USER TAG
-# MODEL_NAME, MODEL_REVISION and HF_TOKEN in the environment put a model into it.
+# Builds the GPU image and pushes it as USER/runpod-vllm-worker:TAG. Usage: builder/build_and_push.sh USER TAG
+# If MODEL_NAME is set, the image contains this model, downloaded with MODEL_REVISION and HF_TOKEN.
 set -eu
 [ $# -eq 2 ] || { echo "usage: $0 USER TAG" >&2; exit 2; }
 cd "$(dirname "$0")/.."

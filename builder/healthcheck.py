@@ -1,20 +1,24 @@
-"""Docker's HEALTHCHECK: asks `/ping` on the worker's port; one of the queue that listens nowhere counts as healthy."""
+"""Docker's HEALTHCHECK: asks `/ping` on the worker's port. A worker that opens no port counts as healthy."""
 
-import os
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from worker.settings import environment, read_or_report
 
 
 def main() -> int:
-    """Return 0 if the worker is well, or is loading its model."""
-    port = os.environ.get("PORT_HEALTH") or os.environ.get("METRICS_PORT") or os.environ.get("PORT")
-    if not port:
+    """Return 0 if the worker is ready or loading its model."""
+    settings, _ = read_or_report(environment.read())
+    if not settings.ports:
         return 0
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{int(port)}/ping", timeout=5) as answer:
-            return int(answer.status not in (200, 204))
-    except (urllib.error.URLError, OSError, ValueError):
+        with urllib.request.urlopen(f"http://127.0.0.1:{settings.ports[-1]}/ping", timeout=5) as response:
+            return int(response.status not in (200, 204))
+    except (urllib.error.URLError, OSError):
         return 1
 
 

@@ -1,6 +1,6 @@
-"""Fills vLLM's cache of what it finds out about model classes: a start that has to look takes ten seconds longer.
+"""Fills vLLM's cache of model class properties, in `VLLM_CACHE_ROOT`. Without it a start takes ten seconds longer.
 
-Run while the image is built, without a GPU; `VLLM_CACHE_ROOT` says where the cache is.
+Runs while the image is built and needs no GPU.
 """
 
 import sys
@@ -11,21 +11,21 @@ from vllm.model_executor.models import registry
 
 
 def main() -> int:
-    """Look at every model class that vLLM knows; fail when hardly any can be looked at."""
-    # Each in a process of its own, as vLLM does it where CUDA may be in use, would take an hour.
-    registry._run_in_subprocess = _here  # type: ignore[assignment, attr-defined, unused-ignore]
-    seen, failed = 0, []
+    """Inspect every model class of vLLM. Return 1 if more classes fail than succeed."""
+    # vLLM inspects each class in a new process, because CUDA may be in use. For all classes that takes an hour.
+    registry._run_in_subprocess = _run_here  # type: ignore[assignment, attr-defined, unused-ignore]
+    inspected, failed = 0, []
     for name, model in registry.ModelRegistry.models.items():
         try:
             model.inspect_model_cls()
-            seen += 1
-        except Exception as error:  # noqa: BLE001 - a class may want anything that is not installed
+            inspected += 1
+        except Exception as error:  # noqa: BLE001 - a class may need packages that are not installed
             failed.append(f"{name} ({type(error).__name__})")
-    sys.stdout.write(f"{seen} model classes; failed: {', '.join(failed) or 'none'}\n")
-    return int(seen < len(failed))
+    sys.stdout.write(f"Inspected {inspected} model classes; failed: {', '.join(failed) or 'none'}\n")
+    return int(inspected < len(failed))
 
 
-def _here(inspect: Callable[[], Any]) -> Any:
+def _run_here(inspect: Callable[[], Any]) -> Any:
     return inspect()
 
 

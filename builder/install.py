@@ -1,6 +1,6 @@
-"""Installs what a base image lacks of a list of pinned packages, and replaces nothing: `install.py requirements.txt`.
+"""Installs the packages of a list that the base image lacks: `install.py requirements.txt`.
 
-What vLLM's own image holds stays in the version that vLLM was built and tested with, whatever the list says.
+Packages of the base image keep the versions that vLLM was built and tested with, even if the list has other versions.
 """
 
 import subprocess
@@ -14,35 +14,39 @@ from packaging.utils import canonicalize_name
 
 
 def main(file: Path) -> int:
-    """Install; fail when a package that was there is gone or another."""
+    """Install the missing packages. Return 1 if this removed or replaced a package of the base image."""
     before = installed()
-    lacking = missing(file.read_text(), before)
-    if lacking:
+    to_install = missing(file.read_text(), before)
+    if to_install:
         pip = [sys.executable, "-m", "pip", "install"] if find_spec("pip") else ["uv", "pip", "install", "--system"]
-        subprocess.run([*pip, "--no-cache-dir", "--no-deps", *lacking], check=True)
+        subprocess.run([*pip, "--no-cache-dir", "--no-deps", *to_install], check=True)
     if changed := replaced(before, installed()):
-        sys.stderr.write(f"Packages of the base image were replaced: {', '.join(changed)}\n")
+        sys.stderr.write(f"The installation removed or replaced packages of the base image: {', '.join(changed)}\n")
         return 1
-    sys.stdout.write(f"Installed {len(lacking)} packages; {len(before)} of the base image are as they were\n")
+    sys.stdout.write(f"Installed {len(to_install)} packages; the base image's {len(before)} are unchanged\n")
     return 0
 
 
-def missing(requirements: str, there: dict[str, str]) -> list[str]:
-    """Return the pinned packages of a list that are not there in any version."""
+def missing(requirements: str, versions: dict[str, str]) -> list[str]:
+    """Return the requirements whose package is not in `versions`, in any version."""
     lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
-    wanted = [Requirement(line) for line in lines if line]
-    applying = (one for one in wanted if one.marker is None or one.marker.evaluate())
-    return [f"{one.name}{one.specifier}" for one in applying if canonicalize_name(one.name) not in there]
+    parsed = [Requirement(line) for line in lines if line]
+    applicable = (package for package in parsed if package.marker is None or package.marker.evaluate())
+    return [
+        f"{package.name}{package.specifier}"
+        for package in applicable
+        if canonicalize_name(package.name) not in versions
+    ]
 
 
 def replaced(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """Return what is gone or has another version, in words."""
+    """Describe each package that was removed or has another version now."""
     return [f"{name} {version} → {after.get(name)}" for name, version in before.items() if after.get(name) != version]
 
 
 def installed() -> dict[str, str]:
-    """Return every package that is there, with its version."""
-    return {canonicalize_name(one.name): one.version for one in distributions() if one.name}
+    """Return the version of every installed package."""
+    return {canonicalize_name(package.name): package.version for package in distributions() if package.name}
 
 
 if __name__ == "__main__":

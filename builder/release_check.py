@@ -1,6 +1,6 @@
-"""`make release-check`: everything that must hold before a release, one after the other, and one table of how it went.
+"""`make release-check`: runs all checks that a release must pass, and prints a table of the results.
 
-Takes about an hour, most of it the soak; `RELEASE="check test"` runs only those gates.
+Takes about an hour, most of it for the soak test. `RELEASE="check test"` runs only these checks.
 """
 
 import re
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from worker import __version__
 
-GATES: dict[str, list[str]] = {
+CHECKS: dict[str, list[str]] = {
     "check": ["make", "check"],
     "generated": ["make", "generated"],
     "test": ["make", "test"],
@@ -27,36 +27,34 @@ GATES: dict[str, list[str]] = {
     "endurance": ["make", "endurance"],
     "soak": ["make", "soak"],
 }
-"""By name; the present vLLM's conformance is part of the tests."""
+"""Commands by name. `test` includes the conformance with the current vLLM."""
 
 
 def main(chosen: list[str]) -> int:
-    """Run the gates, print the table, and return 1 if one does not hold."""
-    rows = [("version", _version() or "ok", 0.0), ("tree", _tree() or "ok", 0.0)]
-    for name, command in GATES.items():
+    """Run the chosen checks, or all of them, and print the table. Return 1 if one fails."""
+    rows = [("version", _version_problem() or "ok", 0.0), ("tree", _tree_problem() or "ok", 0.0)]
+    for name, command in CHECKS.items():
         if chosen and name.split()[0] not in chosen:
             continue
         sys.stdout.write(f"== {' '.join(command)}\n")
         sys.stdout.flush()
         began = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, check=False)
-        rows.append((name, "ok" if done.returncode == 0 else f"exit code {done.returncode}", time.monotonic() - began))
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        rows.append((name, f"exit code {code}" if code else "ok", time.monotonic() - began))
     sys.stdout.write(f"\nRelease {__version__}\n")
     for name, result, seconds in rows:
         sys.stdout.write(f"{name:<20} {result:<50} {seconds:8.0f} s\n")
     return int(any(result != "ok" for _, result, _ in rows))
 
 
-def _version() -> str | None:
-    """Return what is wrong with the version, if anything is."""
+def _version_problem() -> str | None:
     if not re.search(rf"^## \[{re.escape(__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE):
         return f"CHANGELOG.md has no section [{__version__}]"
-    return f"v{__version__} has been released" if f"v{__version__}" in _git("tag").split() else None
+    return f"tag v{__version__} exists: raise the version" if f"v{__version__}" in _git("tag").split() else None
 
 
-def _tree() -> str | None:
-    """Return what is wrong with the tree, if anything is."""
-    return "not everything is committed" if _git("status", "--porcelain") else None
+def _tree_problem() -> str | None:
+    return "there are uncommitted changes" if _git("status", "--porcelain") else None
 
 
 def _git(*arguments: str) -> str:

@@ -1,8 +1,8 @@
-"""A stand-in for RunPod's queue platform, over real sockets.
+"""A local stand-in for RunPod's queue platform, over real sockets. See standin/README.md.
 
-`Platform` is the state of one endpoint, `create_app` puts HTTP in front of it, and `StandinServer` serves that on
-loopback. A worker started with `worker_environment` finds what it would find in a RunPod container. `Behaviour` holds
-what is not known for certain about the real platform, and the faults a test wants to provoke.
+`Platform` holds the state of one endpoint, `create_app` adds the HTTP routes, and `StandinServer` serves them on
+127.0.0.1. `worker_environment` returns the variables that RunPod sets in a worker's container. `Behaviour` selects
+variants of the platform's behaviour, and `Fault` describes one injected fault.
 """
 
 from .app import create_app

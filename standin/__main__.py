@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
         server = StandinServer(port=options.port)
     except OSError as error:
         reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be opened: {error}"
-        _say(f"Port {options.port} {reason}.")
+        _print(f"Port {options.port} {reason}. Choose another port with --port.")
         return USAGE_ERROR
     with server:
         return _run(server, options.command)
@@ -27,8 +27,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m standin", description=__doc__)
-    parser.add_argument("--port", type=int, default=8090)
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="what starts the worker, after --")
+    parser.add_argument("--port", type=int, default=8090, help="port of the stand-in (default: 8090)")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="command that starts the worker, after --")
     return parser.parse_args(arguments)
 
 
@@ -36,20 +36,20 @@ def _run(server: StandinServer, command: Sequence[str]) -> int:
     try:
         worker = WorkerProcess(command, worker_environment(server.port, server.platform.endpoint))
     except OSError as error:
-        _say(f"The worker cannot be started: {error}.")
+        _print(f"The worker cannot be started: {error}.")
         return USAGE_ERROR
     with worker:
         _forward_signals(worker)
         ready = server.start(server.platform.until(lambda platform: bool(platform.records.takes)))
-        ready.add_done_callback(lambda future: None if future.cancelled() else _say(_instructions(server)))
+        ready.add_done_callback(lambda future: None if future.cancelled() else _print(_instructions(server)))
         code = worker.wait()
         if not ready.done():
-            _say(f"The worker ended with exit code {code} before it was ready.")
+            _print(f"The worker ended with exit code {code} before it was ready.")
         return code
 
 
 def _forward_signals(worker: WorkerProcess) -> None:
-    """Pass the first signal on; a second one kills, for the SDK does not end before its last job has."""
+    """Forward the first signal to the worker. A second one kills it, because the SDK waits for its running jobs."""
     received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -69,7 +69,7 @@ def _instructions(server: StandinServer) -> str:
     )
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 

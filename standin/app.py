@@ -1,4 +1,4 @@
-"""The stand-in as an ASGI application: finds the route, makes the faults, turns what is raised into answers."""
+"""The stand-in as an ASGI application: routing, API keys, injected faults and error replies."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -12,24 +12,24 @@ from . import client_api, worker_api
 from .behaviour import RouteKind
 from .openai_proxy import openai
 from .platform import Platform, UnknownJobError
-from .wire import AsgiApp, ClientGoneError, Cut, Plain, Receive, RefusedError, Reply, Request, Send, json_reply
+from .wire import AsgiApp, CutReply, DisconnectedError, HttpError, PlainReply, Receive, Reply, Request, Send, json_reply
 
 Handler: TypeAlias = Callable[[Platform, Request], Awaitable[Reply]]
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route without methods takes any; one with a `kind` belongs to the worker and can be given faults."""
-
     handler: Handler
     methods: frozenset[str] = frozenset()
+    """Accepted HTTP methods; empty accepts all."""
     kind: RouteKind | None = None
+    """Set for the routes that workers call. Only these take faults, and they need no API key."""
 
 
 async def playground(platform: Platform, _: Request) -> Reply:
-    """Not RunPod's: the page to try the model, which is at no other place than `/`."""
+    """The page for trying the model in a browser. RunPod has no such page."""
     body, headers = page(f"v2/{platform.endpoint}/openai/v1")
-    return Plain(200, body, b"text/html; charset=utf-8", headers)
+    return PlainReply(200, body, b"text/html; charset=utf-8", headers)
 
 
 PLAYGROUND = "/"
@@ -65,7 +65,7 @@ def create_app(platform: Platform) -> AsgiApp:
         try:
             reply = await _reply(platform, verb, request)
             await reply.send(send)
-        except ClientGoneError:
+        except DisconnectedError:
             return
         finally:
             request.close()
@@ -83,24 +83,24 @@ async def _reply(platform: Platform, verb: str, request: Request) -> Reply:
         request.fault = platform.behaviour.next_fault(route.kind)
         return await _with_fault(platform, route.handler, request)
     except UnknownJobError as error:
-        return json_reply({"error": f"no job has the id {error}"}, 404)
-    except RefusedError as error:
+        return json_reply({"error": f"There is no job with the id {error}."}, 404)
+    except HttpError as error:
         return json_reply({"error": error.reason}, error.status)
     except asyncio.CancelledError:
-        # Nothing cancels a request but the server, when it closes.
-        return json_reply({"error": "the stand-in is closing"}, 503)
+        # Only the server cancels a request, when it closes.
+        return json_reply({"error": "The stand-in is closing."}, 503)
 
 
 def _route(platform: Platform, verb: str, request: Request) -> Route:
     route = ROUTES.get(verb)
     if route is None:
-        raise RefusedError(404, "there is no such route")
+        raise HttpError(404, f"There is no such route under /v2/{platform.endpoint}/. See standin/README.md.")
     if route.methods and request.method not in route.methods:
-        raise RefusedError(405, f"{request.method} is not a method of this route")
+        raise HttpError(405, f"{request.method} is not allowed here. Use {' or '.join(sorted(route.methods))}.")
     key = platform.behaviour.api_key
-    guarded = route.kind is None and verb != PLAYGROUND
-    if key is not None and guarded and request.header(b"authorization") != f"Bearer {key}":
-        raise RefusedError(401, "the API key is missing or wrong")
+    needs_key = route.kind is None and verb != PLAYGROUND
+    if key is not None and needs_key and request.header(b"authorization") != f"Bearer {key}":
+        raise HttpError(401, "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.")
     return route
 
 
@@ -109,7 +109,7 @@ async def _with_fault(platform: Platform, handler: Handler, request: Request) ->
     if fault.delay:
         await asyncio.sleep(fault.delay)
     if fault.cut:
-        return Cut(await handler(platform, request), request)
+        return CutReply(await handler(platform, request), request)
     if not fault.replaces_reply:
         return await handler(platform, request)
     if fault.handled:
@@ -118,11 +118,11 @@ async def _with_fault(platform: Platform, handler: Handler, request: Request) ->
         await request.body()
     if fault.reset:
         await request.reset()
-    return Plain(fault.status or 200, fault.body)
+    return PlainReply(fault.status or 200, fault.body)
 
 
 def _split(endpoint: str, path: str) -> tuple[str, str]:
-    """The verb of `/v2/ENDPOINT/VERB/REST`, and the rest; `/` is its own verb, and for anything else it is empty."""
+    """Split `/v2/ENDPOINT/VERB/REST` into VERB and REST. The verb of `/` is `/`; the verb of other paths is empty."""
     if path == PLAYGROUND:
         return PLAYGROUND, ""
     prefix = f"/v2/{endpoint}/"

@@ -1,4 +1,4 @@
-"""What the stand-in does where the real platform is only known from reports, and the faults it is told to make."""
+"""Variants of the platform's behaviour, for what is known only from reports, and faults to inject."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,10 +8,10 @@ RouteKind = Literal["take", "stop", "stream", "done", "ping"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong with one request of the worker. `Fault()` is a request that goes well.
+    """A fault to inject into one request of the worker. `Fault()` is no fault.
 
-    A `status` or a `reset` takes the place of the platform's own answer. With `handled`, the request has had its effect
-    by then: the worker is left not knowing that its result arrived, or never sees the job that it was given.
+    `status` (with `body`) or a `reset` of the connection replaces the platform's answer. The request then has no
+    effect, unless `handled` is set. `delay` is in seconds.
     """
 
     delay: float = 0.0
@@ -19,10 +19,11 @@ class Fault:
     body: bytes = b""
     reset: bool = False
     handled: bool = False
+    """The request has its effect, and only the answer is lost: a result is stored, or a job counts as delivered."""
     cut: bool = False
-    """The platform's own answer, of which half arrives before the connection is reset."""
+    """Half of the platform's own answer is sent, then the connection is reset."""
     duplicate: bool = False
-    """Of a take: the jobs that it hands out are handed out once more."""
+    """The jobs of this take are delivered a second time."""
 
     @property
     def replaces_reply(self) -> bool:
@@ -34,31 +35,32 @@ NO_FAULT = Fault()
 
 @dataclass(slots=True)
 class Behaviour:
-    """Times are in seconds."""
+    """Settings of a `Platform`. Times are in seconds, sizes in bytes."""
 
     no_job_status: Literal[200, 204, 400] = 204
-    """Answer to a job-take that found nothing; 400 has been seen with FlashBoot, 200 comes with an empty body."""
+    """Answer to a job-take when no job is available. 400 was seen with FlashBoot; 200 has an empty body."""
     take_hold: float = 20.0
     stop_hold: float = 20.0
     stream_hold: float = 1.0
-    """How long `/stream` waits for a first chunk before it answers without one."""
+    """The holds are how long a job-take, a job-stop and `/stream` wait before they answer without content."""
     sync_wait: float = 90.0
+    """How long `/runsync` waits for the result, unless the request has `wait`."""
     get_input: Literal["absent", "null", "empty"] = "absent"
-    """`openai_input` of a request without a body through the `/openai` proxy: for GET all three have been seen."""
+    """`openai_input` of a request without a body through the `/openai` proxy. All three were seen for GET."""
     drop_empty_input: bool = True
     proxy_failed_status: int = 500
     proxy_cancels: bool = True
-    """Whether a client that leaves the `/openai` proxy cancels its job."""
+    """Whether a client that disconnects from the `/openai` proxy cancels its job."""
     execution_timeout: float = 600.0
     is_away: bool = False
-    """Whether every connection of the worker is reset, as by a platform that is not there."""
+    """Whether every request of the worker is answered with a connection reset, as if the platform were down."""
     api_key: str | None = None
-    """Demanded of clients as `Bearer KEY`; without it every key, and none, is accepted."""
+    """If set, clients must send it as `Authorization: Bearer KEY`."""
     run_limit: int = 10_000_000
     runsync_limit: int = 20_000_000
     stream_post_limit: int = 1_000_000
     faults: dict[RouteKind, list[Fault]] = field(default_factory=dict)
-    """Used up in order, one for each request that arrives; a long poll that is already waiting is not affected."""
+    """Faults for the next requests of each kind, in order. Long polls that are already waiting are not affected."""
 
     def next_fault(self, kind: RouteKind) -> Fault:
         script = self.faults.get(kind)

@@ -1,21 +1,21 @@
-"""The routes that clients of an endpoint call, except for the `/openai` proxy."""
+"""The routes that an endpoint's clients call, except for the `/openai` proxy."""
 
 from .jobs import Job, Status
 from .platform import Platform
-from .wire import RefusedError, Reply, Request, json_reply
+from .wire import HttpError, Reply, Request, json_reply
 
 
 async def run(platform: Platform, request: Request) -> Reply:
     job = platform.submit(await request.json(limit=platform.behaviour.run_limit))
-    # Documented as the answer even where a waiting worker has the job already.
+    # RunPod documents this status for every answer, even if a waiting worker already has the job.
     return json_reply({"id": job.id, "status": Status.IN_QUEUE})
 
 
 async def runsync(platform: Platform, request: Request) -> Reply:
-    """Answers with the result, or with the state of the moment once `wait` (milliseconds) has passed."""
+    """Answer with the result, or with the job's current status after `wait` milliseconds."""
     wait = request.query.get("wait")
     if wait is not None and not wait.isdigit():
-        raise RefusedError(400, f"wait={wait} is not a number of milliseconds")
+        raise HttpError(400, f"wait={wait} is not a number of milliseconds.")
     job = platform.submit(await request.json(limit=platform.behaviour.runsync_limit), sync=True)
     seconds = platform.behaviour.sync_wait if wait is None else int(wait) / 1000
     await job.changed.within(seconds, lambda: job.ended)
@@ -27,11 +27,11 @@ async def status(platform: Platform, request: Request) -> Reply:
 
 
 async def stream(platform: Platform, request: Request) -> Reply:
-    """The chunks since the last call; reading removes them."""
+    """Answer with the chunks that no earlier call has returned."""
     job = platform.find(request.path)
     if job.status is Status.IN_PROGRESS:
-        await job.changed.within(platform.behaviour.stream_hold, lambda: job.has_undrained or job.ended)
-    return json_reply({"status": job.status, "stream": [{"output": chunk} for chunk in job.drain()]})
+        await job.changed.within(platform.behaviour.stream_hold, lambda: job.has_unread or job.ended)
+    return json_reply({"status": job.status, "stream": [{"output": chunk} for chunk in job.read_unread()]})
 
 
 async def cancel(platform: Platform, request: Request) -> Reply:
@@ -59,13 +59,13 @@ def _summary(job: Job) -> dict[str, str]:
 
 
 async def records(platform: Platform, _: Request) -> Reply:
-    """Not RunPod's: how many results the worker has sent, for benchmarks in another process."""
-    seen = platform.records
+    """Numbers of posts by the worker, for benchmarks in another process. RunPod has no such route."""
+    records = platform.records
     return json_reply(
         {
-            "stream_posts": seen.stream_posts,
-            "done_posts": seen.done_posts,
-            "duplicate_dones": len(seen.duplicate_dones),
-            "late_streams": len(seen.late_streams),
+            "stream_posts": records.stream_posts,
+            "done_posts": records.done_posts,
+            "duplicate_dones": len(records.duplicate_dones),
+            "late_streams": len(records.late_streams),
         }
     )

@@ -1,9 +1,9 @@
-"""A worker without an engine: its handler does what the job's input says. Run as a script, under the real SDK."""
+"""A worker without an engine. The job's input selects what the handler does. Run as a script, with the real SDK."""
 
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import runpod  # type: ignore[import-untyped, unused-ignore]
@@ -12,21 +12,17 @@ CONCURRENCY = 4
 
 
 class EchoHandler:
-    """Remembers the jobs that were stopped under it, so that a later job can ask for them."""
+    """The handler. It records the ids of stopped jobs, so that a later job can ask for them."""
 
     def __init__(self) -> None:
         self.stopped: list[str] = []
         self.died = asyncio.Event()
-        self.ended = asyncio.Event()
-        self.reason = ""
-
-    def end(self, error: Exception) -> None:
-        """End the jobs that hang."""
-        self.reason = str(error)
-        self.ended.set()
+        self.over = asyncio.Event()
+        """Set when jobs with `hang` have to end, with `error()`."""
+        self.error: Callable[[], object] = str
 
     async def handle(self, job: dict[str, Any]) -> AsyncIterator[Any]:
-        """`count`: yields so many strings; `error`, `raise`: fails; `hang`: until stopped; `stopped`: tells which."""
+        """Do what the key of the input selects. `hang` runs until the job is stopped; `die` reports a dead engine."""
         match job.get("input"):
             case {"openai_route": str(route), **rest}:
                 for part in _openai(route, rest.get("openai_input", "absent")):
@@ -47,8 +43,8 @@ class EchoHandler:
                 try:
                     if not rest.get("silent"):
                         yield "hanging"
-                    await self.ended.wait()
-                    yield {"error": self.reason}
+                    await self.over.wait()
+                    yield {"error": str(self.error())}
                 except (asyncio.CancelledError, GeneratorExit):
                     self.stopped.append(job["id"])
                     raise
@@ -75,20 +71,15 @@ def _openai(route: str, body: Any) -> list[Any]:
 def main(loop: str) -> None:
     """Run under the SDK's own job loop ("sdk") or under the worker's ("event")."""
     handler = EchoHandler()
-    runner = asyncio.Runner()
     if loop == "event":
-        from worker.queue import loop as queue
+        from worker.lifecycle import Lifecycle
+        from worker.queue.loop import Context, install
+        from worker.settings import read
 
-        surroundings = queue.Surroundings(
-            died=handler.died.wait,
-            is_dead=handler.died.is_set,
-            end=handler.end,
-            draining=lambda: None,
-            posted=lambda: None,
-            grace=float(os.environ.get("DRAIN_SECONDS", "5")),
-            leaves_jobs=os.environ.get("ON_ENGINE_DEATH") == "retry",
-        )
-        queue.install(runner, surroundings)
+        lifecycle, settings = Lifecycle(), read({"DRAIN_SECONDS": "5", **os.environ})
+        lifecycle.ready(handler.died.is_set)
+        handler.over, handler.error = lifecycle.over, lifecycle.error
+        install(Context(asyncio.Runner(), lifecycle, settings, handler.died.wait, lambda: None))
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(

@@ -1,4 +1,4 @@
-"""One job: what the client asked, what became of it, and the chunks that the worker has streamed."""
+"""One job: the client's request, its status and result, and the chunks that the worker has streamed."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -12,7 +12,7 @@ Json: TypeAlias = Any
 
 
 class Status(StrEnum):
-    """The states of a job, as the platform spells them."""
+    """The states of a job, spelled as in RunPod's API."""
 
     IN_QUEUE = "IN_QUEUE"
     IN_PROGRESS = "IN_PROGRESS"
@@ -27,11 +27,11 @@ UNFINISHED = frozenset({Status.IN_QUEUE, Status.IN_PROGRESS})
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Times are seconds of the platform's clock."""
+    """Times are in seconds of `Platform.now`."""
 
     id: str
     request: Mapping[str, Json]
-    """The client's request: `input` and whatever else it sent (`webhook`, `policy`…)."""
+    """The client's request: `input`, and other keys such as `webhook` and `policy`."""
     created: float
     taken: float | None = None
     done: float | None = None
@@ -42,15 +42,15 @@ class Job:
     chunks: list[Json] = field(default_factory=list)
     changed: Signal = field(default_factory=Signal)
     timer: asyncio.TimerHandle | None = None
-    """The deadline that runs at the moment: in the queue the time to live, then the execution timeout."""
-    _drained: int = 0
+    """The current deadline: the time to live while the job is queued, then the execution timeout."""
+    _read_count: int = 0
 
     @property
     def ended(self) -> bool:
         return self.status not in UNFINISHED
 
     def policy_seconds(self, name: str) -> float | None:
-        """An entry of the request's `policy`, which counts in milliseconds."""
+        """A time limit from the request's `policy`, which is in milliseconds."""
         policy = self.request.get("policy")
         value = policy.get(name) if isinstance(policy, Mapping) else None
         return value / 1000 if isinstance(value, int | float) else None
@@ -59,10 +59,11 @@ class Job:
         self.status, self.worker, self.taken = Status.IN_PROGRESS, worker, now
         self.changed.fire()
 
-    def back_to_queue(self) -> None:
+    def reset(self) -> None:
+        """Return to the state before a worker took the job."""
         self.status, self.worker, self.taken, self.done = Status.IN_QUEUE, None, None, None
         self.output = self.error = None
-        self.chunks, self._drained = [], 0
+        self.chunks, self._read_count = [], 0
         self.changed.fire()
 
     def add_chunk(self, output: Json) -> None:
@@ -73,17 +74,17 @@ class Job:
         self.status, self.done, self.output, self.error = status, now, output, error
         self.changed.fire()
 
-    def drain(self) -> list[Json]:
-        """The chunks that have not been read this way before. `follow` reads independently of it."""
-        start, self._drained = self._drained, len(self.chunks)
+    def read_unread(self) -> list[Json]:
+        """The chunks that no earlier call has returned. Independent of `follow`."""
+        start, self._read_count = self._read_count, len(self.chunks)
         return self.chunks[start:]
 
     @property
-    def has_undrained(self) -> bool:
-        return self._drained < len(self.chunks)
+    def has_unread(self) -> bool:
+        return self._read_count < len(self.chunks)
 
     async def follow(self) -> AsyncIterator[Json]:
-        """Every chunk from the first one on, each as soon as it arrives, until the job ends."""
+        """Yield every chunk from the first one on, as soon as it arrives, until the job ends."""
         position = 0
         while True:
             while position < len(self.chunks):
@@ -94,7 +95,7 @@ class Job:
             await self.changed.wait()
 
     def for_worker(self, *, drop_empty_input: bool) -> dict[str, Json]:
-        """The object that a job-take hands out."""
+        """The JSON object that job-take returns."""
         payload = {**self.request, "id": self.id}
         if drop_empty_input and payload.get("input") == {}:
             del payload["input"]

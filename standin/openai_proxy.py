@@ -1,6 +1,6 @@
 """The `/openai` proxy: an HTTP request becomes a job, and the job's output becomes the HTTP response.
 
-A worker has no say in the status: what it yields is a 200, and a job that failed is a 500 without detail.
+The worker cannot choose the HTTP status: output is sent with status 200, a failed job as status 500 without a body.
 """
 
 import json
@@ -10,22 +10,22 @@ from functools import partial
 from .behaviour import Behaviour
 from .jobs import Job, Json, Status
 from .platform import Platform
-from .wire import EventStream, Plain, Reply, Request, json_reply
+from .wire import EventStream, PlainReply, Reply, Request, json_reply
 
 
 async def openai(platform: Platform, request: Request) -> Reply:
     job_input = await _job_input(platform.behaviour, request)
     job = platform.submit({"input": job_input})
     if platform.behaviour.proxy_cancels:
-        request.when_gone(partial(_client_left, platform, job))
+        request.on_disconnect(partial(_cancel_unfinished, platform, job))
     body = job_input.get("openai_input")
     streaming = isinstance(body, dict) and body.get("stream") is True
     await job.changed.until(lambda: job.ended or (streaming and bool(job.chunks)))
     if streaming and (job.chunks or job.status is Status.COMPLETED):
-        return EventStream(_relayed(job))
+        return EventStream(_stream(job))
     if job.status is not Status.COMPLETED:
-        return Plain(platform.behaviour.proxy_failed_status)
-    return _whole(job.output)
+        return PlainReply(platform.behaviour.proxy_failed_status)
+    return _complete_reply(job.output)
 
 
 async def _job_input(behaviour: Behaviour, request: Request) -> dict[str, Json]:
@@ -38,13 +38,13 @@ async def _job_input(behaviour: Behaviour, request: Request) -> dict[str, Json]:
     return job_input
 
 
-def _client_left(platform: Platform, job: Job) -> None:
-    """Cancel the job, unless all has been told and the worker has merely yet to post the end."""
+def _cancel_unfinished(platform: Platform, job: Job) -> None:
+    """Cancel the job of a client that has disconnected, unless the client already has the last event."""
     if not job.chunks or not _text(job.chunks[-1]).endswith("data: [DONE]\n\n"):
         platform.cancel(job)
 
 
-async def _relayed(job: Job) -> AsyncIterator[bytes]:
+async def _stream(job: Job) -> AsyncIterator[bytes]:
     async for chunk in job.follow():
         yield _text(chunk).encode()
 
@@ -53,10 +53,10 @@ def _text(chunk: Json) -> str:
     return chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)
 
 
-def _whole(output: Json) -> Plain:
-    """The response to a request that does not stream; a generator's output is the list of what it yielded."""
+def _complete_reply(output: Json) -> PlainReply:
+    """The response to a request that does not stream. A generator handler's output is the list of its yields."""
     if isinstance(output, list) and len(output) == 1:
         output = output[0]
     if isinstance(output, str):
-        return Plain(200, output.encode(), b"text/plain; charset=utf-8")
+        return PlainReply(200, output.encode(), b"text/plain; charset=utf-8")
     return json_reply(output)

@@ -1,7 +1,6 @@
-"""The state of one endpoint: its jobs, its queue, the workers that wait for jobs. No HTTP, no polling.
+"""The state of one endpoint: its jobs, its queue and the workers that wait for jobs. No HTTP, no polling.
 
-Every method belongs to the event loop that the platform is used in. A job that is submitted while a worker waits for
-one is handed over before `submit` returns.
+Call all methods in one event loop. If a worker is waiting for a job, `submit` assigns the job to it before it returns.
 """
 
 import asyncio
@@ -18,13 +17,11 @@ from .signals import Mailbox, Signal
 
 
 class UnknownJobError(Exception):
-    """No job has this id."""
+    """No job has this id. The message is the id."""
 
 
 @dataclass(slots=True, eq=False)
-class _Taker:
-    """A worker's request for jobs that is waiting."""
-
+class _WaitingTake:
     take: Take
     jobs: asyncio.Future[list[Job]]
 
@@ -39,8 +36,8 @@ class Platform:
         self.queue: deque[Job] = deque()
         self.records = Records()
         self.retried = 0
-        self._takers: deque[_Taker] = deque()
-        self._stops: dict[str, Mailbox[str]] = {}
+        self._waiting_takes: deque[_WaitingTake] = deque()
+        self._stop_mailboxes: dict[str, Mailbox[str]] = {}
         self._changed = Signal()
 
     @staticmethod
@@ -48,10 +45,10 @@ class Platform:
         return time.monotonic()
 
     async def until(self, condition: Callable[["Platform"], bool]) -> None:
-        """Wait until `condition` holds, looking at it again whenever something happens on the platform."""
+        """Wait until `condition` holds. It is evaluated now and after each change on the platform."""
         await self._changed.until(lambda: condition(self))
 
-    # ---- What clients do
+    # ---- Requests of clients
 
     def find(self, job_id: str) -> Job:
         try:
@@ -66,28 +63,28 @@ class Platform:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Cancel the job if it has not ended; the worker that runs it is told to stop."""
+        """Cancel the job if it has not ended. The worker that runs it gets its id from job-stop."""
         self._interrupt(job, Status.CANCELLED)
 
     def retry(self, job: Job) -> None:
-        """Queue a job again that failed or timed out."""
+        """Queue the job again if it failed or timed out."""
         if job.status in (Status.FAILED, Status.TIMED_OUT):
             self.retried += 1
-            job.back_to_queue()
+            job.reset()
             self._enqueue(job)
 
     def purge(self) -> int:
-        """Cancel every job that waits in the queue; returns how many there were."""
-        waiting = [job for job in self.queue if job.status is Status.IN_QUEUE]
-        for job in waiting:
+        """Cancel all queued jobs and return their number."""
+        queued = [job for job in self.queue if job.status is Status.IN_QUEUE]
+        for job in queued:
             self.cancel(job)
-        return len(waiting)
+        return len(queued)
 
     def health(self) -> dict[str, dict[str, int]]:
         status = Counter(job.status for job in self.jobs.values())
         running = {job.worker for job in self.jobs.values() if job.status is Status.IN_PROGRESS}
         ready = {take.worker for take in self.records.takes}
-        seen = {ping.worker for ping in self.records.pings}
+        pinging = {ping.worker for ping in self.records.pings}
         return {
             "jobs": {
                 "completed": status[Status.COMPLETED],
@@ -98,7 +95,7 @@ class Platform:
             },
             "workers": {
                 "idle": len(ready - running),
-                "initializing": len(seen - ready),
+                "initializing": len(pinging - ready),
                 "ready": len(ready),
                 "running": len(running),
                 "throttled": 0,
@@ -106,36 +103,36 @@ class Platform:
             },
         }
 
-    # ---- What workers do
+    # ---- Requests of workers
 
     async def take(self, take: Take, *, duplicate: bool = False) -> list[Job]:
-        """Up to `take.batch_size` jobs as soon as there is one, or an empty list when the poll has been held enough.
+        """Return up to `take.batch_size` jobs as soon as one is queued, or an empty list after `take_hold` seconds.
 
-        With `duplicate`, the jobs are queued once more, as a platform does that delivers at least once.
+        With `duplicate`, the jobs are queued a second time, as by a platform with at-least-once delivery.
         """
         self.records.takes.append(take)
         self._changed.fire()
-        taker = _Taker(take, asyncio.get_running_loop().create_future())
-        self._takers.append(taker)
+        waiting = _WaitingTake(take, asyncio.get_running_loop().create_future())
+        self._waiting_takes.append(waiting)
         self._dispatch()
         try:
-            # Unlike a timeout around the future, this leaves a batch in place that arrives with the deadline.
-            await asyncio.wait({taker.jobs}, timeout=self.behaviour.take_hold)
+            # asyncio.timeout would cancel the future, and lose jobs that are assigned just as the time runs out.
+            await asyncio.wait({waiting.jobs}, timeout=self.behaviour.take_hold)
         except asyncio.CancelledError:
-            self._give_back(taker)
+            self._return_to_queue(waiting)
             raise
         finally:
-            if not taker.jobs.done():
-                self._takers.remove(taker)
-        jobs = taker.jobs.result() if taker.jobs.done() else []
+            if not waiting.jobs.done():
+                self._waiting_takes.remove(waiting)
+        jobs = waiting.jobs.result() if waiting.jobs.done() else []
         if duplicate:
             self.queue.extend(jobs)
             self._dispatch()
         return jobs
 
     async def stop_signals(self, worker: str) -> list[str]:
-        """The jobs that the worker shall stop, as soon as there is one, or an empty list after a while."""
-        job_ids = await self._stop_box(worker).collect(self.behaviour.stop_hold)
+        """Return the ids of jobs that the worker must stop, or an empty list after `stop_hold` seconds."""
+        job_ids = await self._stop_mailbox(worker).collect(self.behaviour.stop_hold)
         self.records.stop_signals.extend(job_ids)
         return job_ids
 
@@ -163,7 +160,7 @@ class Platform:
         self.records.pings.append(ping)
         self._changed.fire()
 
-    # ---- How jobs move
+    # ---- Transitions of jobs
 
     def _enqueue(self, job: Job) -> None:
         lifetime = job.policy_seconds("ttl")
@@ -174,25 +171,25 @@ class Platform:
         self._changed.fire()
 
     def _dispatch(self) -> None:
-        while self.queue and self._takers:
-            taker = self._takers.popleft()
-            count = min(len(self.queue), taker.take.batch_size)
-            taker.jobs.set_result([self._start(self.queue.popleft(), taker.take.worker) for _ in range(count)])
+        while self.queue and self._waiting_takes:
+            waiting = self._waiting_takes.popleft()
+            count = min(len(self.queue), waiting.take.batch_size)
+            waiting.jobs.set_result([self._start(self.queue.popleft(), waiting.take.worker) for _ in range(count)])
 
     def _start(self, job: Job, worker: str) -> Job:
-        # A duplicate delivery leaves the state of the job alone.
+        # A duplicate delivery does not change the job.
         if job.status is Status.IN_QUEUE:
             job.begin(worker, self.now())
             limit = job.policy_seconds("executionTimeout")
             self._set_deadline(job, self.behaviour.execution_timeout if limit is None else limit)
         return job
 
-    def _give_back(self, taker: _Taker) -> None:
-        """Queue the jobs again that were assigned to a worker in the moment in which it went away."""
-        if not taker.jobs.done():
+    def _return_to_queue(self, waiting: _WaitingTake) -> None:
+        """Queue jobs again that were assigned to a worker just as it disconnected."""
+        if not waiting.jobs.done():
             return
-        for job in reversed(taker.jobs.result()):
-            job.back_to_queue()
+        for job in reversed(waiting.jobs.result()):
+            job.reset()
             self.queue.appendleft(job)
         self._dispatch()
 
@@ -207,7 +204,7 @@ class Platform:
         if job.status is Status.IN_QUEUE:
             self.queue.remove(job)
         elif job.worker is not None:
-            self._stop_box(job.worker).put(job.id)
+            self._stop_mailbox(job.worker).put(job.id)
         self._end(job, status)
 
     def _end(self, job: Job, status: Status, output: Json = None, error: Json = None) -> None:
@@ -217,5 +214,5 @@ class Platform:
         job.end(status, self.now(), output, error)
         self._changed.fire()
 
-    def _stop_box(self, worker: str) -> Mailbox[str]:
-        return self._stops.setdefault(worker, Mailbox())
+    def _stop_mailbox(self, worker: str) -> Mailbox[str]:
+        return self._stop_mailboxes.setdefault(worker, Mailbox())

@@ -1,4 +1,4 @@
-"""A worker as a child process that leaves nothing behind."""
+"""A worker as a child process, killed together with all of its own children."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from typing import IO, Any, Self
 
 
 class WorkerProcess:
-    """The command in a process group of its own, which is killed as a whole when the context ends.
+    """A command in a process group of its own. Leaving the context kills the whole group.
 
-    The SDK pings from a process that outlives its parent; ending the worker alone is not enough.
+    Killing the command alone is not enough: the SDK pings from a child process that outlives its parent.
     """
 
     def __init__(
@@ -44,6 +44,6 @@ class WorkerProcess:
         self._process.send_signal(number)
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code once the worker has ended; 128 and the signal's number after a signal, as shells count."""
+        """Wait for the end and return the exit code: 128 plus the signal's number after a signal, as in a shell."""
         code = self._process.wait(timeout)
         return code if code >= 0 else 128 - code

@@ -1,11 +1,11 @@
-"""What the worker was seen to do."""
+"""Records of the worker's requests, for tests and benchmarks to check."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """One heartbeat, with the ids of the jobs that the worker says it is running."""
+    """One heartbeat, with the ids of the jobs that the worker reports as running."""
 
     worker: str
     job_ids: tuple[str, ...]
@@ -15,7 +15,7 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """One request for jobs. The single route asks for a batch of one."""
+    """One request for jobs. `batch_size` is 1 on the route for a single job."""
 
     worker: str
     batch_size: int
@@ -25,19 +25,19 @@ class Take:
 
 @dataclass(slots=True)
 class Records:
-    """Counts and lists grow for as long as the platform lives."""
+    """The lists hold job ids unless their type says otherwise, and grow without limit."""
 
     pings: list[Ping] = field(default_factory=list)
     takes: list[Take] = field(default_factory=list)
     stream_posts: int = 0
     done_posts: int = 0
     duplicate_dones: list[str] = field(default_factory=list)
-    """Ids of results that came for a job which is unknown or had already ended."""
+    """Results for a job that is unknown or had already ended."""
     late_streams: list[str] = field(default_factory=list)
-    """Ids of chunks that came for a job which is unknown or had already ended."""
+    """Chunks for a job that is unknown or had already ended."""
     oversized_posts: list[str] = field(default_factory=list)
-    """Ids of the jobs whose chunk was refused for its size."""
+    """Chunks that were refused because of their size."""
     stop_signals: list[str] = field(default_factory=list)
-    """Ids of the jobs that a worker was told to stop."""
+    """Jobs that job-stop returned to a worker."""
     refreshes: int = 0
-    """Results that asked for the worker to be replaced (`stopPod`)."""
+    """Number of results with `stopPod`, which asks the platform to replace the worker."""

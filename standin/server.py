@@ -1,4 +1,4 @@
-"""Serves a platform on loopback from a background thread, and tells a worker where to find it."""
+"""Serve a platform on 127.0.0.1 from a background thread, and build the environment of a worker for it."""
 
 import asyncio
 import socket
@@ -21,27 +21,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 HOST = "127.0.0.1"
-# The SDK pings from another process and retries nothing on a connection that the server closed: stay out of its way.
+# Long, because the SDK's ping process does not retry when the server has closed its idle connection.
 KEEP_ALIVE_SECONDS = 600
 
 
 class ResettableProtocol(HttpToolsProtocol):
-    """Lets the app reset the connection of a request, which ASGI has no words for."""
+    """Lets the app reset the connection of a request, which plain ASGI cannot do."""
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["extensions"] = {RESET_EXTENSION: {"reset": self.reset}}
 
     def reset(self) -> None:
-        """End the connection as if the other side were gone."""
-        # Without lingering, the kernel answers with RST instead of an orderly end.
+        """Close the connection with a TCP reset."""
+        # With a linger time of 0, the kernel sends RST instead of FIN.
         connection = self.transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
 
 class StandinServer:
-    """The stand-in, listening for as long as the context lasts. `OSError` when the port is in use."""
+    """The stand-in, serving within a `with` block. Port 0 picks a free port. `OSError` if the port is in use."""
 
     def __init__(self, platform: Platform | None = None, port: int = 0) -> None:
         self.platform = platform or Platform()
@@ -75,12 +75,12 @@ class StandinServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Long polls are not waited for: the real platform does not say goodbye either.
+        # Waiting long polls are dropped, as on the real platform.
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
 
     def drop_connections(self) -> None:
-        """Reset every connection, as those of a worker are that was frozen for long."""
+        """Reset every connection, as happens to a worker that was frozen for a long time."""
 
         def drop() -> None:
             for connection in list(self._server.server_state.connections):
@@ -98,7 +98,7 @@ class StandinServer:
         return self.start(run()).result()
 
     def start(self, work: Awaitable[T]) -> Future[T]:
-        """Run `work` in the platform's event loop without waiting for it."""
+        """Start `work` in the platform's event loop and return at once."""
 
         async def run() -> T:
             return await work
@@ -106,7 +106,7 @@ class StandinServer:
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def wait_until(self, condition: Callable[[Platform], Any], timeout: float = 20.0) -> None:
-        """Wait until `condition` holds on the platform; `TimeoutError` if it does not come to that."""
+        """Wait until `condition` holds. Raise `TimeoutError` after `timeout` seconds."""
 
         async def wait() -> None:
             async with asyncio.timeout(timeout):
@@ -132,9 +132,9 @@ def _listen(port: int) -> socket.socket:
 
 
 def worker_environment(port: int, endpoint: str = "local", worker_id: str = "worker-1") -> dict[str, str]:
-    """The environment that a queue worker's container would have on RunPod.
+    """The variables that RunPod sets in the container of a queue worker.
 
-    `$ID` and `$RUNPOD_POD_ID` stay as they are, the SDK replaces them; it appends `&…`, hence the query strings.
+    The SDK replaces `$ID` and `$RUNPOD_POD_ID`, and appends `&…` to the addresses, so each needs a query string.
     """
     base = f"http://{HOST}:{port}/v2/{endpoint}"
     return {

@@ -1,4 +1,4 @@
-"""Waking those who wait, without polling. Everything here belongs to one event loop."""
+"""Wake waiting coroutines without polling. Each object belongs to one event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Signal:
-    """Wakes everyone who is waiting each time it fires; firing without an audience costs next to nothing."""
+    """Wakes all waiting coroutines each time it fires. Firing is cheap when none is waiting."""
 
     __slots__ = ("_waiting",)
 
@@ -32,12 +32,12 @@ class Signal:
             self._waiting.discard(future)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until `condition` holds, looking at it again each time the signal fires."""
+        """Wait until `condition` holds. It is evaluated now and each time the signal fires."""
         while not condition():
             await self.wait()
 
     async def within(self, seconds: float, condition: Callable[[], bool]) -> None:
-        """Like `until`, but gives up quietly after `seconds`."""
+        """Like `until`, but return after `seconds` at the latest."""
         if condition():
             return
         try:
@@ -58,8 +58,8 @@ class Mailbox(Generic[T]):
         self._items.append(item)
         self._arrival.fire()
 
-    async def collect(self, hold: float) -> list[T]:
-        """The items, as soon as there is at least one, or an empty list after `hold` seconds."""
-        await self._arrival.within(hold, lambda: bool(self._items))
+    async def collect(self, seconds: float) -> list[T]:
+        """Wait up to `seconds` for an item, then remove and return all items."""
+        await self._arrival.within(seconds, lambda: bool(self._items))
         items, self._items = self._items, []
         return items

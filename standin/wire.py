@@ -1,4 +1,4 @@
-"""The little of HTTP that the stand-in needs, straight on ASGI: a request per token batch has to stay cheap."""
+"""Requests and replies on plain ASGI. No framework, because the worker sends one request per batch of tokens."""
 
 import asyncio
 import json
@@ -19,12 +19,12 @@ T = TypeVar("T")
 RESET_EXTENSION = "standin.reset"
 
 
-class ClientGoneError(Exception):
-    """The other side has closed the connection; there is nobody left to answer."""
+class DisconnectedError(Exception):
+    """The client has closed the connection."""
 
 
-class RefusedError(Exception):
-    """The request is answered with this status and a sentence."""
+class HttpError(Exception):
+    """The request is answered with an error: an HTTP status and a message."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class RefusedError(Exception):
 
 
 class Request:
-    """One HTTP request; `fault` is what the app decided shall go wrong with it, and `path` what follows the verb."""
+    """One HTTP request. `path` is the part after the verb, `fault` the fault to inject."""
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, path: str) -> None:
         self.scope = scope
@@ -56,63 +56,63 @@ class Request:
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise ClientGoneError
+                raise DisconnectedError
             parts.append(message.get("body", b""))
             if not message.get("more_body", False):
                 return b"".join(parts)
 
     async def json_if_any(self, limit: int | None = None) -> dict[str, Json] | None:
-        """The body as a JSON object, whatever Content-Type says: the SDK posts JSON as form data. None if empty."""
+        """The body as a JSON object, or None if empty. Content-Type is ignored: the SDK labels JSON as form data."""
         body = await self.body()
         if not body:
             return None
         if limit is not None and len(body) > limit:
-            raise RefusedError(413, f"the body has {len(body)} bytes and the limit is {limit}")
+            raise HttpError(413, f"The body has {len(body)} bytes. The limit is {limit} bytes.")
         try:
             value = json.loads(body)
         except ValueError as error:
-            raise RefusedError(400, f"the body is not JSON: {error}") from error
+            raise HttpError(400, f"The body is not JSON: {error}.") from error
         if not isinstance(value, dict):
-            raise RefusedError(400, "the body is not a JSON object")
+            raise HttpError(400, "The body must be a JSON object.")
         return value
 
     async def json(self, limit: int | None = None) -> dict[str, Json]:
         value = await self.json_if_any(limit)
         if value is None:
-            raise RefusedError(400, "the body is empty")
+            raise HttpError(400, "The body is empty. Send a JSON object.")
         return value
 
-    async def gone(self) -> None:
-        """Wait until the client closes the connection. The body must have been read before."""
+    async def disconnected(self) -> None:
+        """Wait until the client closes the connection. Read the body first."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled when the client leaves before there is one."""
-        working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self.gone())
+    async def unless_disconnected(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `work`, or cancel it and raise `DisconnectedError` if the client disconnects first."""
+        task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(self.disconnected())
         try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientGoneError
-            return working.result()
+            await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise DisconnectedError
+            return task.result()
         finally:
-            working.cancel()
-            leaving.cancel()
+            task.cancel()
+            disconnect.cancel()
 
-    def when_gone(self, callback: Callable[[], None]) -> None:
-        """Call `callback` should the client leave before the reply is complete."""
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` if the client disconnects before the reply is complete."""
 
         async def watch() -> None:
-            await self.gone()
+            await self.disconnected()
             callback()
 
         self._watcher = asyncio.create_task(watch())
 
     async def reset(self) -> NoReturn:
-        """Reset the connection under the client, and end the request. The body must have been read before."""
+        """Reset the connection and end the request. Read the body first."""
         self.scope["extensions"][RESET_EXTENSION]["reset"]()
-        await self.gone()
-        raise ClientGoneError
+        await self.disconnected()
+        raise DisconnectedError
 
     def close(self) -> None:
         if self._watcher is not None:
@@ -120,20 +120,20 @@ class Request:
 
 
 class Reply(Protocol):
-    """An answer that can write itself."""
+    """A reply that writes itself to the connection."""
 
     async def send(self, send: Send) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
-    """An answer that is known as a whole."""
+class PlainReply:
+    """A complete reply."""
 
     status: int = 200
     body: bytes = b""
     content_type: bytes = b"application/json"
     headers: Mapping[str, str] = field(default_factory=dict)
-    """What is sent besides the type and the length."""
+    """Headers besides Content-Type and Content-Length."""
 
     async def send(self, send: Send) -> None:
         headers = [(b"content-type", self.content_type)]
@@ -145,14 +145,14 @@ class Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """An answer whose connection is reset after half of its body."""
+class CutReply:
+    """A reply of which half the body is sent before the connection is reset."""
 
     reply: Reply
     request: Request
 
     async def send(self, send: Send) -> None:
-        async def half(message: Message) -> None:
+        async def send_half(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await send(message)
                 return
@@ -160,12 +160,12 @@ class Cut:
             await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
             await self.request.reset()
 
-        await self.reply.send(half)
+        await self.reply.send(send_half)
 
 
 @dataclass(frozen=True, slots=True)
 class EventStream:
-    """Server-sent events, each part written out as soon as it is there."""
+    """Server-sent events. Each part is sent as soon as it is available."""
 
     parts: AsyncIterator[bytes]
 
@@ -177,5 +177,5 @@ class EventStream:
         await send({"type": "http.response.body"})
 
 
-def json_reply(value: Json, status: int = 200) -> Plain:
-    return Plain(status, json.dumps(value, ensure_ascii=False).encode())
+def json_reply(value: Json, status: int = 200) -> PlainReply:
+    return PlainReply(status, json.dumps(value, ensure_ascii=False).encode())

@@ -1,10 +1,10 @@
-"""The routes that a worker calls."""
+"""The routes that workers call."""
 
 from .platform import Platform
 from .records import Ping, Take
-from .wire import Plain, RefusedError, Reply, Request, json_reply
+from .wire import HttpError, PlainReply, Reply, Request, json_reply
 
-ACCEPTED = Plain(200, b"{}")
+ACCEPTED = PlainReply(200, b"{}")
 
 
 async def take_one(platform: Platform, request: Request) -> Reply:
@@ -23,24 +23,24 @@ async def _take(platform: Platform, request: Request, *, batch: bool) -> Reply:
         job_in_progress=query.get("job_in_progress") == "1",
         at=platform.now(),
     )
-    jobs = await request.unless_gone(platform.take(take, duplicate=request.fault.duplicate))
+    jobs = await request.unless_disconnected(platform.take(take, duplicate=request.fault.duplicate))
     if not jobs:
-        return Plain(platform.behaviour.no_job_status)
+        return PlainReply(platform.behaviour.no_job_status)
     payloads = [job.for_worker(drop_empty_input=platform.behaviour.drop_empty_input) for job in jobs]
     return json_reply(payloads if batch else payloads[0])
 
 
 async def stop(platform: Platform, request: Request) -> Reply:
-    job_ids = await request.unless_gone(platform.stop_signals(request.path))
-    return json_reply({"jobsToStop": job_ids}) if job_ids else Plain(204)
+    job_ids = await request.unless_disconnected(platform.stop_signals(request.path))
+    return json_reply({"jobsToStop": job_ids}) if job_ids else PlainReply(204)
 
 
 async def stream(platform: Platform, request: Request) -> Reply:
     job_id = _job_id(request)
     try:
         chunk = await request.json(limit=platform.behaviour.stream_post_limit)
-    except RefusedError as refused:
-        if refused.status == 413:
+    except HttpError as error:
+        if error.status == 413:
             platform.records.oversized_posts.append(job_id)
         raise
     platform.post_chunk(job_id, chunk.get("output"))

@@ -1,11 +1,11 @@
-"""How long to wait before asking again. Pure: chance comes in as an argument."""
+"""How long to wait before the next attempt. Pure: randomness is an argument."""
 
 import random
 from collections.abc import Callable
 
 
 class Backoff:
-    """Waits that double from `first` to `most` seconds, shortened by chance so that workers do not march in step."""
+    """Waits that double from `first` to `most` seconds, with jitter so that workers do not retry at the same moment."""
 
     def __init__(self, first: float, most: float, chance: Callable[[], float] = random.random) -> None:
         self._first = first
@@ -14,11 +14,11 @@ class Backoff:
         self._ceiling = first
 
     def next(self) -> float:
-        """Return the next wait in seconds: between half of the ceiling and all of it."""
+        """Return the next wait in seconds: between half of the current ceiling and all of it."""
         ceiling = self._ceiling
         self._ceiling = min(2 * ceiling, self._most)
         return ceiling * (0.5 + 0.5 * self._chance())
 
     def reset(self) -> None:
-        """Start anew after a success."""
+        """Start again with the first wait, after a success."""
         self._ceiling = self._first

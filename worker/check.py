@@ -1,98 +1,128 @@
-"""`python handler.py --check`: what the worker would run with, and where each value comes from. Nothing is loaded."""
+"""`python handler.py --check`: prints the effective settings with their sources, or every mistake. Loads nothing."""
 
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from worker.errors import ConfigurationError, Json
-from worker.model.weights import found
-from worker.settings import settings as config
-from worker.settings import sources
-from worker.settings.settings import Settings
-from worker.settings.sources import Sources
+from worker.model import weights
+from worker.settings import Settings, environment, settings, sources
+from worker.settings.sources import Variables
 
-WORKERS_OWN = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
-"""Arguments that the worker sets itself."""
+SET_BY_WORKER = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
+"""vLLM's arguments that the worker sets itself."""
+
+Row = tuple[str, Any, str]
+"""A setting's name, value and source."""
 
 
 def run(environ: Mapping[str, str], as_json: bool) -> int:
-    """Print the effective settings, or all that is wrong with them; return the exit code.
+    """Print the effective settings, or all mistakes in them; return the exit code.
 
-    What is wrong with the worker's own settings is printed at once; only then is vLLM, which takes seconds, imported.
+    Mistakes in the worker's own settings are printed at once. Importing vLLM, which checks its own, takes seconds.
     """
-    mistakes: list[str] = []
-
-    def tell(error: ConfigurationError) -> None:
-        lines = str(error).splitlines()
-        mistakes.extend(lines)
-        if not as_json:
-            sys.stdout.write("".join(f"{line}\n" for line in lines))
-            sys.stdout.flush()
+    report = _Report(as_json)
+    try:
+        variables = sources.collect(environ)
+    except ConfigurationError as error:
+        report.add(str(error).splitlines())
+        return report.fail()
+    try:
+        chosen = settings.from_variables(variables)
+        environment.prepare(chosen)
+        folders = weights.locate(chosen)
+    except ConfigurationError as error:
+        report.add(str(error).splitlines())
+        report.add(_mistakes_for_vllm(variables))
+        return report.fail()
+    from worker.engine import arguments
 
     try:
-        said = sources.gather(environ)
-        try:
-            settings = config.load(said.values, said.told)
-            folders = found(settings, said.values)
-        except ConfigurationError as error:
-            tell(error)
-        from worker.engine import arguments
-
-        if mistakes:
-            raise ConfigurationError("\n".join(arguments.mistakes(said)))
-        args = arguments.parse_arguments(said, settings)
-        arguments.place(args, said, {wanted.written: folder for wanted, folder in folders.items() if folder})
-        engine = arguments.changed(args)
-        warnings = [*said.warnings, *arguments.remarks(said)]
+        args = arguments.parse_arguments(chosen)
+        arguments.place(args, chosen, {name: folder for name, folder in folders.items() if folder})
     except ConfigurationError as error:
-        tell(error)
-        if as_json:
-            sys.stdout.write(json.dumps({"ok": False, "mistakes": mistakes}, indent=1) + "\n")
-        return error.exit_code
-    rows = [*_own(settings, said), *_engines(engine, said)]
-    command = _command(settings, engine)
-    if as_json:
-        listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
-        result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
-        sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
-    else:
-        sys.stdout.write(_table([(name, _plain(value), source) for name, value, source in rows]))
-        sys.stdout.write(f"\nThe same as:\n{command}\n" + "".join(f"\nWarning: {one}" for one in warnings) + "\n")
+        report.add(str(error).splitlines())
+        return report.fail()
+    engine = arguments.changed(args)
+    rows = [*_own_rows(chosen), *_engine_rows(engine, variables)]
+    report.succeed(rows, _command(chosen, engine), [*variables.warnings, *arguments.remarks(chosen)])
     return 0
 
 
-def _own(settings: Settings, said: Sources) -> list[tuple[str, Any, str]]:
-    public = settings.public()
-    return [(name.upper(), value, said.origins.get(name.upper(), "default")) for name, value in public.items()]
+def _mistakes_for_vllm(variables: Variables) -> list[str]:
+    """Return the mistakes in vLLM's settings when the worker's own are wrong too."""
+    chosen = settings.defaults(variables)
+    environment.prepare(chosen)
+    from worker.engine import arguments
+
+    return arguments.mistakes(chosen)
 
 
-def _engines(engine: Json, said: Sources) -> list[tuple[str, Any, str]]:
-    """Return vLLM's arguments that differ from its defaults; what nobody said follows from something else."""
-    mine = {name.upper() for name in Settings.model_fields}
-    named = ((name.upper(), value) for name, value in engine.items() if name not in WORKERS_OWN)
-    return [(name, value, said.origins.get(name, "derived")) for name, value in named if name not in mine]
+class _Report:
+    """The output, as text or as JSON."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._mistakes: list[str] = []
+
+    def add(self, mistakes: Iterable[str]) -> None:
+        """Add mistakes; print them at once unless the output is JSON."""
+        for mistake in mistakes:
+            self._mistakes.append(mistake)
+            if not self._as_json:
+                sys.stdout.write(f"{mistake}\n")
+        sys.stdout.flush()
+
+    def fail(self) -> int:
+        """Finish a report of mistakes; return the exit code."""
+        if self._as_json:
+            sys.stdout.write(json.dumps({"ok": False, "mistakes": self._mistakes}, indent=1) + "\n")
+        return ConfigurationError.exit_code
+
+    def succeed(self, rows: list[Row], command: str, warnings: list[str]) -> None:
+        """Print the settings, the equivalent command and warnings."""
+        if self._as_json:
+            listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
+            result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
+            sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
+        else:
+            sys.stdout.write(_table([(name, _text(value), source) for name, value, source in rows]))
+            sys.stdout.write(f"\nEquivalent command:\n{command}\n")
+            sys.stdout.write("".join(f"\nWarning: {warning}" for warning in warnings) + "\n")
 
 
-def _command(settings: Settings, engine: Json) -> str:
-    words = ["vllm", "serve", settings.model_name]
-    if engine.get("served_model_name") not in (None, [settings.model_name]):
+def _own_rows(chosen: Settings) -> list[Row]:
+    origins = chosen.variables.origins
+    return [(name.upper(), value, origins.get(name.upper(), "default")) for name, value in chosen.public().items()]
+
+
+def _engine_rows(engine: Json, variables: Variables) -> list[Row]:
+    """Return vLLM's arguments that differ from its defaults. Those that nobody set are derived from others."""
+    own = {name.upper() for name in Settings.model_fields}
+    rows = ((name.upper(), value) for name, value in engine.items() if name not in SET_BY_WORKER)
+    return [(name, value, variables.origins.get(name, "derived")) for name, value in rows if name not in own]
+
+
+def _command(chosen: Settings, engine: Json) -> str:
+    words = ["vllm", "serve", chosen.model_name]
+    if engine.get("served_model_name") not in (None, [chosen.model_name]):
         words += ["--served-model-name", *engine["served_model_name"]]
     for name, value in engine.items():
-        if name in WORKERS_OWN:
+        if name in SET_BY_WORKER:
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
-            words += [flag, *map(_plain, value)]
+            words += [flag, *map(_text, value)]
         else:
-            words += [flag, _plain(value)]
+            words += [flag, _text(value)]
     return shlex.join(words)
 
 
-def _plain(value: Any) -> str:
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 

@@ -1,45 +1,43 @@
-"""Everything that may go wrong in words that a caller or an operator can act on."""
+"""All errors that a caller or an operator reads, each with its HTTP status and OpenAI error type."""
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
-
-from worker.request.routes import ROUTES
 
 Json = dict[str, Any]
 Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]
 
 
 class WorkerError(Exception):
-    """Base of all errors whose message is meant to be read outside the worker's own log."""
+    """Base of all errors whose message callers or operators may read."""
 
 
 class StartupError(WorkerError):
-    """The worker cannot start or go on; `exit_code` 1 says that another try may succeed."""
+    """The worker cannot start or go on. Exit code 1: another attempt may succeed."""
 
     exit_code: ClassVar[int] = 1
 
 
 class EngineDiedError(StartupError):
-    """The engine is gone; the platform replaces a worker that leaves, and only that."""
+    """The engine has died. The worker exits, because RunPod replaces only workers that exit."""
 
     def __init__(self) -> None:
-        super().__init__("The engine has died; the worker leaves, so that it is replaced.")
+        super().__init__("The engine has died. The worker exits so that RunPod replaces it.")
 
 
 class ConfigurationError(StartupError):
-    """A setting is wrong: no other try succeeds until somebody changes it."""
+    """A setting is wrong. Exit code 2: no attempt succeeds until somebody changes it."""
 
     exit_code: ClassVar[int] = 2
 
 
 class JobError(WorkerError):
-    """A job failed. The fields are those of OpenAI's error object, as vLLM fills them."""
+    """A request failed. The fields are those of OpenAI's error object, with the values that vLLM uses."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "InternalServerError"
     headers: Mapping[str, str] = MappingProxyType({})
-    """What an HTTP answer carries besides."""
+    """More headers for the HTTP response."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -50,55 +48,55 @@ class JobError(WorkerError):
         return {"message": str(self), "type": self.type, "param": self.param, "code": self.status}
 
     def body(self) -> Json:
-        """Return the body of an HTTP answer with this error."""
+        """Return the body of the HTTP response."""
         return {"error": self.error()}
 
     @property
     def http_status(self) -> int:
-        """The status of that answer."""
+        """The status of the HTTP response."""
         return self.status
 
 
 class InvalidRequestError(JobError):
-    """The job's input fits no accepted shape."""
+    """The job's input has none of the accepted shapes."""
 
     status = 400
     type = "BadRequestError"
 
 
 class RouteNotFoundError(JobError):
-    """The job asks for a route that the worker does not offer."""
+    """The worker does not offer this route."""
 
     status = 404
     type = "NotFoundError"
 
-    def __init__(self, path: str, routes: Iterable[str] = ROUTES) -> None:
-        super().__init__(f"No route {path!r}. Routes: {', '.join(routes)}.")
+    def __init__(self, path: str, routes: Iterable[str]) -> None:
+        super().__init__(f"No route {path!r}. Available routes: {', '.join(routes)}.")
 
 
 class NotOfThisModelError(JobError):
-    """The route is there for models of another kind."""
+    """The route exists only for another kind of model."""
 
     status = 404
     type = "NotFoundError"
 
     def __init__(self, path: str) -> None:
-        super().__init__(f"The model that is loaded does not answer {path!r}, which is for models of another kind.")
+        super().__init__(f"The loaded model does not support {path!r}.")
 
 
 class MethodNotAllowedError(JobError):
-    """The route is there, for another method."""
+    """The route exists, but for another method."""
 
     status = 405
     type = "BadRequestError"
 
     def __init__(self, method: str, expected: str, path: str) -> None:
-        super().__init__(f"{path!r} is called with {expected}, not with {method}.")
+        super().__init__(f"{path!r} does not accept {method}. Use {expected}.")
         self.headers = MappingProxyType({"allow": expected})
 
 
 class UnauthorizedError(JobError):
-    """The caller has no key, or a wrong one."""
+    """The caller sent no API key, or a wrong one."""
 
     status = 401
     type = "AuthenticationError"
@@ -106,12 +104,12 @@ class UnauthorizedError(JobError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The API key is missing or wrong. Send one of WORKER_API_KEY's as 'Authorization: Bearer KEY'."
+            "The API key is missing or wrong. Send one of the keys in WORKER_API_KEY as 'Authorization: Bearer KEY'."
         )
 
 
 class BodyTooLargeError(JobError):
-    """The body is larger than the worker reads."""
+    """The request body is too large."""
 
     status = 413
     type = "BadRequestError"
@@ -119,58 +117,68 @@ class BodyTooLargeError(JobError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(
-            f"The body has more than MAX_REQUEST_BYTES={limit} bytes. Send media as links, or smaller, or raise it."
+            f"The request body has more than MAX_REQUEST_BYTES={limit} bytes. Send links or smaller media, or raise it."
         )
 
 
 class BodyTooSlowError(JobError):
-    """The body did not arrive in time."""
+    """The request body did not arrive in time."""
 
     status = 408
     type = "TimeoutError"
     headers = MappingProxyType({"connection": "close"})
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"The body did not arrive within {seconds:g} s.")
+        super().__init__(f"The request body did not arrive within {seconds:g} s.")
 
 
 class BusyError(JobError):
-    """The worker has as many requests as it takes."""
+    """The worker has as many requests, or as many bytes of them, as it accepts."""
 
     status = 429
     type = "RateLimitError"
     headers = MappingProxyType({"retry-after": "1"})
 
-    def __init__(self, running: int) -> None:
+
+class BodyMemoryError(BusyError):
+    """The bodies of the running requests leave no memory for another one."""
+
+    headers = MappingProxyType({"retry-after": "1", "connection": "close"})
+
+    def __init__(self, held: int, limit: int) -> None:
         super().__init__(
-            f"The worker has {running} requests, as many as MAX_CONCURRENCY and MAX_QUEUE allow. Try again in a second."
+            f"The worker holds {held / 1e6:.0f} MB of request bodies, and MAX_TOTAL_REQUEST_BYTES={limit} leaves no room "
+            "for this one. Try again in a second, or send links to media instead of base64."
         )
 
 
 class UnavailableError(JobError):
-    """The worker cannot answer now: it is loading its model, leaving, or its engine is dead."""
+    """The worker cannot answer now: it is starting or stopping, or its engine has died."""
 
     status = 503
     type = "ServiceUnavailableError"
     headers = MappingProxyType({"retry-after": "5"})
 
 
-ENGINE_DIED = "The worker's engine has died, and the worker leaves. Send the request again: another one will answer."
-LEAVING = "The worker has been told to leave before this was done. Send the request again: another one will answer."
+LOADING = "The worker is loading its model. Try again in a few seconds."
+LEAVING = "The worker is shutting down. Send the request again: another worker will answer it."
+ENGINE_DIED = (
+    "The worker's engine has died, and the worker exits. Send the request again: another worker will answer it."
+)
 
 
 class StartFailedError(JobError):
-    """The worker can never answer: what it has been told is wrong, and somebody has to change it."""
+    """The worker cannot start until somebody changes its settings."""
 
     status = 503
     type = "ServiceUnavailableError"
 
     def __init__(self, cause: str) -> None:
-        super().__init__(f"The worker cannot start, and will not until its settings are changed: {cause}")
+        super().__init__(f"The worker cannot start until its settings are changed: {cause}")
 
 
 class MediaError(JobError):
-    """An image, a video or a sound that cannot be had or used; the message never tells what was found behind a link."""
+    """An image, video or sound that cannot be used. The message never reveals the content behind a link."""
 
     status = 400
     type = "BadRequestError"
@@ -178,7 +186,7 @@ class MediaError(JobError):
 
 
 class RefusedLinkError(MediaError):
-    """The link leads where the worker does not go."""
+    """The worker does not follow this link."""
 
     status = 403
     type = "PermissionDeniedError"
@@ -186,14 +194,14 @@ class RefusedLinkError(MediaError):
 
 
 class MediaTooLargeError(MediaError):
-    """There is more of it than is allowed: bytes, pixels, seconds or pieces."""
+    """The media exceed a limit: bytes, pixels, seconds or number of parts."""
 
     status = 413
     reason = "too_large"
 
 
 class LinkServerRefusedError(MediaError):
-    """The link's server says that there is nothing to have."""
+    """The link's server answered with a 4xx status."""
 
     status = 422
     type = "UnprocessableEntityError"
@@ -209,7 +217,7 @@ class UnreachableError(MediaError):
 
 
 class TooSlowError(MediaError):
-    """What is behind the link did not arrive in time."""
+    """The link's content did not arrive in time."""
 
     status = 504
     type = "TimeoutError"
@@ -217,38 +225,38 @@ class TooSlowError(MediaError):
 
 
 class JobTimeoutError(JobError):
-    """The job took longer than the worker is told to allow."""
+    """The request took longer than REQUEST_TIMEOUT."""
 
     status = 504
     type = "TimeoutError"
 
     def __init__(self, seconds: float) -> None:
         super().__init__(
-            f"The request was ended after REQUEST_TIMEOUT={seconds:g} s. Ask for fewer tokens, or raise it."
+            f"The request was ended after REQUEST_TIMEOUT={seconds:g} s. Ask for fewer tokens, or raise the limit."
         )
 
 
 class ResultTooLargeError(JobError):
-    """The platform does not take so large a result."""
+    """The result is larger than RunPod accepts."""
 
     status = 413
 
     def __init__(self, size: int) -> None:
         super().__init__(
-            f"The result has {size / 1e6:.1f} MB, which is more than RunPod takes. Ask for a stream, for fewer tokens, "
-            "or for fewer log probabilities."
+            f"The result has {size / 1e6:.1f} MB, which is more than RunPod accepts. Use streaming, or ask for fewer "
+            "tokens or log probabilities."
         )
 
 
 class InternalError(JobError):
-    """Something unforeseen; the cause is in the log under the request's id, never in the answer."""
+    """An unforeseen error. The log has the cause under the request's id; the response does not."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"The worker failed while it handled request {request_id}. Its log has the cause.")
 
 
 class EngineResponseError(JobError):
-    """The engine answered with an error, whose own body goes to clients that read bodies."""
+    """The engine answered with an error. Its own body is passed on unchanged."""
 
     def __init__(self, status: int, body: Json) -> None:
         self._error = body["error"]
@@ -257,11 +265,11 @@ class EngineResponseError(JobError):
         self._body = body
 
     def error(self) -> Json:
-        """Return the engine's error object, with the fields that Anthropic's lacks."""
+        """Return the engine's error object, completed with the fields that Anthropic's format lacks."""
         return {**super().error(), "code": self._status, **self._error}
 
     def body(self) -> Json:
-        """Return the engine's body unchanged."""
+        """Return the engine's body."""
         return self._body
 
     @property

@@ -1,126 +1,271 @@
-"""The ways in which a worker answers: one local job, over HTTP, from the queue; or nobody, telling each why."""
+"""The ways to run a worker. Each loads and serves, or refuses every caller with the reason why it cannot."""
 
 import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from importlib import import_module
 from typing import Any
 
 import uvloop
 
-from worker import processes as program
-from worker.errors import ENGINE_DIED, LEAVING, EngineDiedError, StartFailedError
+from worker import processes
+from worker.errors import ConfigurationError, EngineDiedError, StartupError
 from worker.http.gate import Gate
 from worker.http.server import HttpServer
 from worker.queue import local
-from worker.queue.handler import Handler, Job
-from worker.refusal import Refusal
+from worker.queue.handler import Handler, Job, JobHandler, Output
+from worker.request import race
+from worker.request.asgi import App, Message, Receive, Send
 from worker.worker import Worker
 
 REFUSED_AT_ONCE = 16
-"""Jobs that a worker which cannot start takes at once."""
-
-StartSdk = Callable[[Handler, int], None]
-"""Runs the SDK's worker with a handler that takes so many jobs at once, until it ends."""
-
-
-async def answer(worker: Worker, job: Job) -> int:
-    """Run one job and print its result."""
-    await worker.attach()
-    result = await local.run(worker.service().handler, job)
-    sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
-    return 0 if result["status"] == "COMPLETED" else 1
+"""Jobs that a worker takes at once when it refuses all of them."""
+REFUSE_JOBS = 100
+REFUSE_SECONDS = 600.0
+"""A worker that cannot start ends after it has refused so many jobs, or for so long: more would only cost money."""
 
 
-def serve_http(worker: Worker, server: HttpServer, gate: Gate) -> None:
-    """Let requests through to the engine until told to stop."""
-    told = told_to_stop(server)
+def run(mode: "Mode", problem: ConfigurationError | None) -> int:
+    """Load and serve; if the settings are wrong, or turn out to be, refuse every caller. Return the exit code.
 
-    async def serve() -> None:
+    Raises:
+        StartupError: the worker cannot start or go on.
+    """
+    worker = mode.worker
+    with ExitStack() as stack:
+        stack.callback(worker.shutdown)
+        try:
+            mode.listen(stack)
+            if problem is None:
+                mode.load()
+                return mode.serve()
+        except ConfigurationError as error:
+            problem = problem or error
+        except StartupError as error:
+            worker.lifecycle.fail(str(error))
+            raise
+        if not mode.can_refuse or worker.settings.startup_failure == "exit":
+            raise problem
+        worker.shutdown()
+        worker.lifecycle.refuse(str(problem))
+        mode.refuse(problem)
+    return 0
+
+
+class Mode(ABC):
+    """One way to run a worker."""
+
+    stops_with_0 = True
+    """Whether a worker that is stopped by a signal ends with exit code 0."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.gate = Gate(worker.own_routes, worker.lifecycle, worker.telemetry, worker.settings, worker.pipeline)
+        self.server: HttpServer | None = None
+
+    def listen(self, stack: ExitStack) -> None:
+        """Open the ports for as long as the stack is open.
+
+        Raises:
+            ConfigurationError: a port cannot be opened.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Until the mode serves and handles them itself.
+            signal.signal(number, lambda number, _: sys.exit(0 if self.stops_with_0 else 128 + number))
+        if ports := self.worker.settings.ports:
+            self.server = stack.enter_context(HttpServer(self.gate, ports))
+
+    def load(self) -> None:
+        """Load the engine."""
+        self.worker.load()
+
+    @abstractmethod
+    def serve(self) -> int:
+        """Answer requests until the worker is stopped; return the exit code."""
+
+    @property
+    def can_refuse(self) -> bool:
+        """Whether there are callers to tell why the worker cannot start."""
+        return False
+
+    def refuse(self, error: ConfigurationError) -> None:
+        """Tell every caller why the worker cannot start, until it is stopped or has done so for long enough."""
+        raise error
+
+
+class QueueMode(Mode):
+    """Jobs from RunPod's queue."""
+
+    can_refuse = True
+
+    def load(self) -> None:
+        """Load the engine, and import the SDK meanwhile."""
+        self.worker.load(meanwhile=lambda: import_module("worker.queue.sdk"))
+
+    def serve(self) -> int:
+        """Answer jobs until the worker is stopped."""
+        worker = self.worker
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            # Attached before the first ping and the first request for jobs, in the loop that serves.
+            handler = JobHandler(runner.run(worker.attach()), worker.pipeline, worker.settings)
+            with processes.exit_soon_after():
+                self._serve(runner, handler.handle, worker.concurrency, worker.engine.died)
+        return 0
+
+    def refuse(self, error: ConfigurationError) -> None:
+        """Fail every job with the reason."""
+        handler = JobHandler(self.worker.own_routes, self.worker.pipeline, self.worker.settings)
+        refusal = Refusal(error)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            self._serve(runner, refusal.counting(handler.handle), REFUSED_AT_ONCE, refusal.ended)
+
+    def _serve(self, runner: asyncio.Runner, handler: Handler, concurrency: int, died: Any) -> None:
+        from worker.queue import sdk
+        from worker.queue.loop import Context
+
+        posted = self.worker.telemetry.stream_posts.inc
+        context = Context(runner, self.worker.lifecycle, self.worker.settings, died, posted)
+        sdk.serve_queue(handler, concurrency, context)
+
+
+class HttpMode(Mode):
+    """Requests over HTTP: for load-balancing endpoints, pods and other machines."""
+
+    @property
+    def can_refuse(self) -> bool:
+        """Whether the server could open its port."""
+        return self.server is not None
+
+    def serve(self) -> int:
+        """Answer requests until the worker is stopped."""
+        with processes.exit_soon_after():
+            self._run(self._serve(self._stopped()))
+        return 0
+
+    async def _serve(self, stopped: asyncio.Event) -> None:
+        worker, gate = self.worker, self.gate
         attaching = asyncio.create_task(worker.attach())
-        await first_of(told.wait(), asyncio.wait({attaching}))
-        if not attaching.done():
+        if await race.first(attaching, stopped.wait()) is not attaching:
             attaching.cancel()
             return
         gate.open(attaching.result(), worker.concurrency)
-        await first_of(told.wait(), worker.engine.died())
-        if worker.engine.is_dead:
-            gate.end(ENGINE_DIED)
-            await gate.drained(program.LAST_WORDS_SECONDS)
+        died = asyncio.create_task(worker.engine.died())
+        if await race.first(died, stopped.wait()) is not died:
+            worker.lifecycle.drain()
+            await race.first(gate.drained(worker.settings.grace), died)
+        worker.lifecycle.over.set()
+        await gate.drained(processes.LAST_WORDS_SECONDS)
+        if died.done():
             raise EngineDiedError
-        worker.status.drain()
-        await gate.drained(worker.settings.grace)
-        gate.end(LEAVING)
-        await gate.drained(program.LAST_WORDS_SECONDS)
+        died.cancel()
 
-    with program.leaving_soon():
-        server.run(serve())
+    def refuse(self, error: ConfigurationError) -> None:
+        """Answer every request with the reason."""
+        self._run(self._refuse(error, self._stopped()))
 
+    async def _refuse(self, error: ConfigurationError, stopped: asyncio.Event) -> None:
+        ended = asyncio.create_task(Refusal(error).ended())
+        if await race.first(ended, stopped.wait()) is ended:
+            ended.result()
 
-def refuse_http(server: HttpServer, refusal: Refusal) -> None:
-    """Have the gate tell why there is no engine, until told to stop or for long enough."""
-    server.run(first_of(told_to_stop(server).wait(), refusal.given_up()))
+    def _run(self, work: Any) -> None:
+        if self.server is None:
+            raise RuntimeError("the server does not listen")
+        self.server.run(work)
 
-
-def told_to_stop(server: HttpServer) -> asyncio.Event:
-    """Return what is set in the server's loop when the platform stops the worker."""
-    told = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.notify(told))
-    return told
-
-
-async def first_of(*works: Coroutine[Any, Any, object]) -> None:
-    """Wait until one of them ends; what it raises is raised."""
-    tasks = [asyncio.create_task(work) for work in works]
-    ended, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for other in others:
-        other.cancel()
-    for one in ended:
-        one.result()
+    def _stopped(self) -> asyncio.Event:
+        """Return an event of the server's loop that is set when the worker is stopped."""
+        stopped, server = asyncio.Event(), self.server
+        if server is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: server.notify(stopped))
+        return stopped
 
 
-def serve_queue(worker: Worker, start_sdk: StartSdk, test_server: bool) -> None:
-    """Take jobs from RunPod's queue, or from the SDK's test server, until told to stop."""
-    from worker.queue import development_api as devapi
-    from worker.queue import loop as queue
+class LocalMode(Mode):
+    """One job, whose result is printed."""
 
-    service = worker.service()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if test_server:
-            devapi.install()
-        elif worker.settings.worker_job_loop == "event":
-            # The loop that serves is the one that attaches: before the first ping and the first request for jobs.
-            runner.run(worker.attach())
-            surroundings = queue.Surroundings(
-                died=worker.engine.died,
-                is_dead=lambda: worker.engine.is_dead,
-                end=service.end,
-                draining=worker.status.drain,
-                posted=worker.telemetry.stream_posts.inc,
-                grace=worker.settings.grace,
-                leaves_jobs=worker.settings.on_engine_death == "retry",
-            )
-            queue.install(runner, surroundings)
-        with program.leaving_soon():
-            start_sdk(service.handler, worker.concurrency)
+    stops_with_0 = False
+
+    def __init__(self, worker: Worker, test_input: str | None) -> None:
+        super().__init__(worker)
+        self._test_input = test_input
+        self._job: Job = {}
+
+    def load(self) -> None:
+        """Read the job, which takes no time, and load the engine."""
+        self._job = local.read_job(self._test_input)
+        self.worker.load()
+
+    def serve(self) -> int:
+        """Run the job and print its result; the exit code is 1 if it failed."""
+        result = asyncio.run(self._answer())
+        sys.stdout.write(json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+        return 0 if result["status"] == "COMPLETED" else 1
+
+    async def _answer(self) -> dict[str, Any]:
+        worker = self.worker
+        handler = JobHandler(await worker.attach(), worker.pipeline, worker.settings)
+        return await local.run(handler.handle, self._job)
 
 
-def refuse_queue(worker: Worker, start_sdk: StartSdk, refusal: Refusal) -> None:
-    """Take jobs and fail each with the reason, until told to stop or for long enough."""
-    from worker.queue import loop as queue
+class DevelopmentMode(Mode):
+    """The SDK's test server (`--rp_serve_api`)."""
 
-    service = worker.service()
-    service.end(StartFailedError(refusal.why))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        surroundings = queue.Surroundings(
-            died=refusal.given_up,
-            is_dead=lambda: False,
-            end=lambda _: None,
-            draining=worker.status.drain,
-            posted=worker.telemetry.stream_posts.inc,
-            grace=worker.settings.grace,
-        )
-        queue.install(runner, surroundings)
-        start_sdk(refusal.counted(service.handler), REFUSED_AT_ONCE)
+    stops_with_0 = False
+
+    def serve(self) -> int:
+        """Run the SDK's server. Its loop attaches the engine at the first job."""
+        from worker.queue import sdk
+
+        worker = self.worker
+        sdk.serve_development_api(JobHandler(attached_later(worker), worker.pipeline, worker.settings).handle)
+        return 0
+
+
+def attached_later(worker: Worker) -> App:
+    """Return the worker's app; the first request attaches the engine in its own loop."""
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        await (await worker.attach())(scope, receive, send)
+
+    return app
+
+
+class Refusal:
+    """Counts the jobs that are refused, and ends the worker after enough of them or enough time."""
+
+    def __init__(self, error: ConfigurationError, seconds: float = REFUSE_SECONDS, jobs: int = REFUSE_JOBS) -> None:
+        self._error = error
+        self._seconds = seconds
+        self._jobs = jobs
+        self._refused_enough = asyncio.Event()
+
+    async def ended(self) -> None:
+        """Wait until the worker shall end.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        await race.first(self._refused_enough.wait(), asyncio.sleep(self._seconds))
+        raise self._error
+
+    def counting(self, handler: Handler) -> Handler:
+        """Return the handler; its jobs are counted."""
+
+        async def handle(job: Job) -> AsyncGenerator[Output, None]:
+            try:
+                async with aclosing(handler(job)) as outputs:
+                    async for output in outputs:
+                        yield output
+            finally:
+                # A caller that reads the job's error does not ask for another yield.
+                self._jobs -= 1
+                if self._jobs <= 0:
+                    self._refused_enough.set()
+
+        return handle

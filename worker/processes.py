@@ -1,4 +1,4 @@
-"""The worker's own programs, which run beside it, and whatever else it has started."""
+"""Child processes: the worker's own programs, and everything else that it has started."""
 
 import ctypes
 import os
@@ -14,15 +14,15 @@ import psutil
 from worker.errors import ConfigurationError, StartupError
 
 LAST_WORDS_SECONDS = 1.5
-"""For telling callers that their requests were ended."""
+"""Time to send errors to callers whose requests are ended."""
 END_SECONDS = 2.0
-LEAVE_SECONDS = 2.5
-"""For closing everything in order, once there is nobody left to be answered."""
+EXIT_SECONDS = 2.5
+"""Time for an orderly exit, once no caller waits for an answer any more."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
 def start(module: str, *arguments: str, environ: Mapping[str, str], **options: Any) -> "subprocess.Popen[Any]":
-    """Run a module of this package, wherever the worker was started, with `environ` for its environment."""
+    """Run a module of this package in a process with the environment `environ`. It works from any folder."""
     return subprocess.Popen(  # noqa: S603 - our own code
         [sys.executable, "-m", module, *arguments],
         env={**environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -31,7 +31,7 @@ def start(module: str, *arguments: str, environ: Mapping[str, str], **options: A
 
 
 def end_all() -> None:
-    """End every process that has been started, and all that they have: an engine's, and the SDK's that pings."""
+    """End all child processes and theirs: the engine's, and the SDK's ping process."""
     children = [child for child in psutil.Process().children(recursive=True) if not _is_tracker(child)]
     for child in children:
         with suppress(psutil.NoSuchProcess):
@@ -40,7 +40,7 @@ def end_all() -> None:
 
 
 def _is_tracker(process: psutil.Process) -> bool:
-    """Tell whether a process is one of Python's that remove shared memory once nobody is left, and then end."""
+    """Return whether a process is a resource tracker of Python: it removes shared memory and ends by itself."""
     try:
         return any("resource_tracker" in word for word in process.cmdline())
     except psutil.Error:
@@ -48,16 +48,16 @@ def _is_tracker(process: psutil.Process) -> bool:
 
 
 def adopt_orphans() -> None:
-    """Have what a child leaves behind become this process's own, so that `end_all` finds it. Only Linux knows how."""
+    """Become the parent of processes whose own parent ends, so that `end_all` finds them. Works on Linux only."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 @contextmanager
-def leaving_soon() -> Iterator[None]:
-    """After the block, end this process within seconds, also where a thread waits for something that never comes.
+def exit_soon_after() -> Iterator[None]:
+    """End this process within seconds after the block, even if a thread hangs.
 
-    A mistake in the settings is no reason to leave: there is still somebody to be told.
+    A `ConfigurationError` does not count: the worker goes on to report it to its callers.
     """
     code = 1
     try:
@@ -71,11 +71,11 @@ def leaving_soon() -> Iterator[None]:
         raise
     finally:
         if code >= 0:
-            timer = threading.Timer(LEAVE_SECONDS, _leave, [code])
+            timer = threading.Timer(EXIT_SECONDS, _exit_now, [code])
             timer.daemon = True
             timer.start()
 
 
-def _leave(code: int) -> None:
+def _exit_now(code: int) -> None:
     end_all()
     os._exit(code)

@@ -1,1 +1,1 @@
-"""The same requests to vLLM's own server and to the worker: what comes back must be the same."""
+"""The same requests to `vllm serve` and to the worker. The responses must be the same."""

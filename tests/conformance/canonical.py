@@ -1,4 +1,4 @@
-"""Answers without what differs from one run to the next: ids, times, and where a stream was cut into parts."""
+"""Responses in a form that is the same in every run: without ids, times, and the cuts between a stream's chunks."""
 
 import json
 import re
@@ -18,26 +18,29 @@ NAMES = {
     "completed_at",
     "model_permission",
 }
-"""Fields that are never the same twice."""
+"""Fields that differ in every run."""
 COUNTERS = {"sequence_number"}
-"""Fields that count the parts of a stream."""
+"""Fields that count the chunks of a stream."""
 GENERATED = re.compile(r"\b(chatcmpl|cmpl|resp|msg|fc|call|rs|chatcmpl-tool|render)[-_][0-9a-zA-Z-]{8,}\b")
 TEXTS = {"content", "reasoning", "reasoning_content", "text", "arguments", "delta", "thinking", "partial_json"}
-"""Fields of a stream's events whose values follow one another."""
+"""Fields of a stream's events whose values are concatenated."""
 LISTS = {"logprobs", "token_ids", "tokens", "token_logprobs", "top_logprobs", "text_offset", "prompt_token_ids"}
 
 
-def value(found: Any) -> Any:
-    """Return JSON without ids and times."""
-    if isinstance(found, dict):
-        return {key: "*" if key in NAMES and found[key] is not None else value(found[key]) for key in sorted(found)}
-    if isinstance(found, list):
-        return [value(one) for one in found]
-    return GENERATED.sub("*", found) if isinstance(found, str) else found
+def value(json_value: Any) -> Any:
+    """Return a JSON value without ids and times."""
+    if isinstance(json_value, dict):
+        return {
+            key: "*" if key in NAMES and json_value[key] is not None else value(json_value[key])
+            for key in sorted(json_value)
+        }
+    if isinstance(json_value, list):
+        return [value(item) for item in json_value]
+    return GENERATED.sub("*", json_value) if isinstance(json_value, str) else json_value
 
 
 def body(data: bytes) -> Any:
-    """Return a whole answer's body."""
+    """Return the body of a response that is not a stream."""
     try:
         return value(json.loads(data))
     except ValueError:
@@ -45,11 +48,9 @@ def body(data: bytes) -> Any:
 
 
 def stream(data: bytes) -> list[Any]:
-    """Return a stream's events, those of each choice in a row, of which those that go on are one."""
-    splitter = sse.EventSplitter()
-    events = [*splitter.feed(data), *splitter.flush()]
+    """Return a stream's events, sorted by choice. Successive events that can be joined are one."""
     merged: list[Any] = []
-    for event in sorted(map(_read, events), key=_choice):
+    for event in sorted(map(_read, sse.split(data)), key=_choice):
         try:
             merged[-1:] = [_joined(merged[-1], event)]
         except (_DifferentError, IndexError):
@@ -58,37 +59,39 @@ def stream(data: bytes) -> list[Any]:
 
 
 def _read(event: bytes) -> Any:
-    """Return an event's name and data; a line that is neither, such as `[DONE]`, stays as it is."""
+    """Return an event's name and data. An event without JSON data, such as `[DONE]`, stays text."""
     lines = event.decode().splitlines()
     name = next((line for line in lines if line.startswith("event:")), "")
     payload = sse.payload(event)
     return [name, value(_without(payload, COUNTERS))] if payload is not None else event.decode()
 
 
-def _without(found: Any, names: Iterable[str]) -> Any:
-    return {key: one for key, one in found.items() if key not in names} if isinstance(found, dict) else found
+def _without(json_value: Any, names: Iterable[str]) -> Any:
+    if not isinstance(json_value, dict):
+        return json_value
+    return {key: item for key, item in json_value.items() if key not in names}
 
 
 def _choice(event: Any) -> tuple[int, int]:
-    """Return what an event is sorted by: a choice's events by its number, in between the others."""
+    """Return the key by which events are sorted: events without choices, events by choice, then those without any."""
     choices = event[1].get("choices") if isinstance(event, list) and isinstance(event[1], dict) else None
     return (1, choices[0]["index"]) if choices else (0, 0) if choices is None and isinstance(event, list) else (2, 0)
 
 
 class _DifferentError(Exception):
-    """Two events say different things."""
+    """Two events cannot be joined."""
 
 
 def _joined(first: Any, second: Any, key: str = "") -> Any:
-    """Return two values of which the second goes on where the first ended.
+    """Return one value for two of which the second continues the first.
 
     Raises:
-        _DifferentError: it does not.
+        _DifferentError: it does not continue the first.
     """
     if first is None or second is None:
-        one = second if first is None else first
-        # A part of a stream may hold several parts of one call.
-        return _joined_by_index(one) if key == "tool_calls" and one else one
+        other = second if first is None else first
+        # One chunk of a stream may hold several parts of one tool call.
+        return _joined_by_index(other) if key == "tool_calls" and other else other
     if isinstance(first, str) and isinstance(second, str) and key in TEXTS:
         return first + second
     if isinstance(first, dict) and isinstance(second, dict):
@@ -96,10 +99,10 @@ def _joined(first: Any, second: Any, key: str = "") -> Any:
     if isinstance(first, list) and isinstance(second, list):
         if key in TEXTS | LISTS:
             return first + second
-        if all(isinstance(one, dict) and "index" in one for one in first + second):
+        if all(isinstance(item, dict) and "index" in item for item in first + second):
             return _joined_by_index(first + second)
         if len(first) == len(second):
-            return [_joined(one, other) for one, other in zip(first, second, strict=True)]
+            return [_joined(before, after) for before, after in zip(first, second, strict=True)]
     if first != second:
         raise _DifferentError
     return first

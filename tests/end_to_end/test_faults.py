@@ -1,4 +1,4 @@
-"""Faults of the platform and of clients, against the real worker: nothing is lost, nothing is answered twice."""
+"""Faults of the platform and of clients, with the real worker: no job is lost or answered twice."""
 
 import random
 import socket
@@ -18,7 +18,7 @@ STORY: dict[str, Any] = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True}
 
 @pytest.fixture
 def faulty(endpoint: Endpoint) -> Iterator[Endpoint]:
-    """Give the platform records of its own, and take its faults away afterwards."""
+    """The endpoint with new behaviour and records for each test."""
     platform = endpoint.server.platform
     behaviour, records = platform.behaviour, platform.records
     platform.behaviour, platform.records = Behaviour(), Records(takes=records.takes, pings=records.pings)
@@ -53,21 +53,21 @@ def assert_each_ended_once(endpoint: Endpoint, jobs: list[Job], *, cancelled: bo
         pytest.param(Fault(delay=0.3, reset=True), id="late reset"),
     ],
 )
-def test_a_faulty_platform_loses_and_doubles_nothing(faulty: Endpoint, fault: Fault) -> None:
+def test_no_job_is_lost_or_answered_twice_when_the_platform_has_faults(faulty: Endpoint, fault: Fault) -> None:
     for kind in ("take", "stream", "done", "stop"):
         faulty.server.platform.behaviour.faults[kind] = [fault, Fault(), fault]
     jobs = [submit(faulty, {**STORY, "stream": number % 2 == 0}) for number in range(6)]
     assert_each_ended_once(faulty, jobs)
 
 
-def test_jobs_given_twice_are_answered_once(faulty: Endpoint) -> None:
+def test_jobs_delivered_twice_are_answered_once(faulty: Endpoint) -> None:
     faulty.server.platform.behaviour.faults["take"] = [Fault(duplicate=True)] * 4
-    first = submit(faulty, STORY)  # Ends the long poll that waits since before the faults.
+    first = submit(faulty, STORY)  # Ends the long poll that began before the faults were set.
     jobs = [submit(faulty, {**STORY, "max_tokens": 1500, "stream": True}) for _ in range(3)]
     assert_each_ended_once(faulty, [first, *jobs])
 
 
-def test_a_platform_that_disappears_and_returns_gets_every_result(faulty: Endpoint) -> None:
+def test_a_platform_that_was_unreachable_gets_every_result(faulty: Endpoint) -> None:
     platform = faulty.server.platform
     jobs = [submit(faulty, {**STORY, "max_tokens": 800, "stream": number % 2 == 0}) for number in range(4)]
     faulty.server.wait_until(lambda _: jobs[0].chunks)
@@ -78,8 +78,8 @@ def test_a_platform_that_disappears_and_returns_gets_every_result(faulty: Endpoi
     assert_each_ended_once(faulty, [*jobs, submit(faulty, STORY)])
 
 
-def test_a_worker_that_was_frozen_goes_on(faulty: Endpoint) -> None:
-    """As after a resume: its sockets are dead, and time has passed."""
+def test_a_worker_that_was_frozen_continues(faulty: Endpoint) -> None:
+    """As when FlashBoot resumes a worker: its connections are closed, and time has passed."""
     family = [psutil.Process(faulty.worker.pid), *psutil.Process(faulty.worker.pid).children(recursive=True)]
     running = submit(faulty, {**STORY, "max_tokens": 800, "stream": True})
     faulty.server.wait_until(lambda _: running.chunks)
@@ -92,8 +92,8 @@ def test_a_worker_that_was_frozen_goes_on(faulty: Endpoint) -> None:
     assert_each_ended_once(faulty, [running, submit(faulty, STORY)])
 
 
-def test_64_jobs_of_which_some_are_cancelled(faulty: Endpoint) -> None:
-    chance = random.Random(1)
+def test_cancelling_some_of_64_jobs(faulty: Endpoint) -> None:
+    rng = random.Random(1)
     jobs = [
         submit(
             faulty,
@@ -103,8 +103,8 @@ def test_64_jobs_of_which_some_are_cancelled(faulty: Endpoint) -> None:
         )
         for number in range(64)
     ]
-    for job in chance.sample(jobs, 19):
-        time.sleep(chance.uniform(0, 0.1))
+    for job in rng.sample(jobs, 19):
+        time.sleep(rng.uniform(0, 0.1))
         faulty.server.call(faulty.server.platform.cancel, job)
     assert_each_ended_once(faulty, [*jobs, submit(faulty, STORY)], cancelled=True)
     assert sum(job.status is Status.COMPLETED for job in jobs) >= 45
@@ -112,12 +112,12 @@ def test_64_jobs_of_which_some_are_cancelled(faulty: Endpoint) -> None:
 
 def test_malformed_jobs_among_good_ones(faulty: Endpoint) -> None:
     malformed: list[Any] = [None, 7, [], "text", {"messages": "no list"}, {"openai_route": 1}, {"prompt": {"a": 1}}]
-    jobs = [submit(faulty, body) for bad in malformed for body in (bad, STORY)]
+    jobs = [submit(faulty, body) for job_input in malformed for body in (job_input, STORY)]
     faulty.server.wait_until(lambda _: all(job.ended for job in jobs), timeout=60)
     assert [job.status for job in jobs] == [Status.FAILED, Status.COMPLETED] * len(malformed)
 
 
-def test_a_client_that_stops_reading_holds_nobody_up(http_worker: HttpWorker) -> None:
+def test_a_client_that_stops_reading_does_not_block_others(http_worker: HttpWorker) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {http_worker.key}\r\n"
     body = b'{"prompt": "Once", "max_tokens": 1900, "ignore_eos": true, "stream": true}'
     with socket.create_connection(("127.0.0.1", http_worker.port)) as idle, http_worker.client() as client:

@@ -1,9 +1,7 @@
-"""HTTP mode with the real engine: handler.py over a real socket, its metrics, its log and its traces."""
+"""HTTP mode with the real engine over a real socket: answers, metrics, log and traces."""
 
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +11,10 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from standin import WorkerProcess
 from tests.conftest import API_KEY, HttpWorker
-from tests.support import media, tiny
+from tests.support import media
+from tests.support.collector import Collector
 from tests.support.media import image_url
-from tests.support.ports import free_port
 
 MODEL = "tiny"
 GREETING = "Hello! How can I help you?"
@@ -37,22 +34,27 @@ def client(http_worker: HttpWorker) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def seeing(text: str, *urls: str) -> Any:
+def user(text: str, *urls: str) -> Any:
+    """Return a user's message with the images and videos at `urls`."""
     kinds = ["video_url" if url.startswith("data:video") else "image_url" for url in urls]
     parts = [{"type": kind, kind: {"url": url}} for kind, url in zip(kinds, urls, strict=True)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def lines(worker: HttpWorker, request_id: str) -> list[dict[str, Any]]:
-    """Return the log lines at the end of the job, once there is one."""
+def log_lines(worker: HttpWorker, text: str = "") -> list[dict[str, Any]]:
+    lines = worker.log.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and text in line]
+
+
+def job_line(worker: HttpWorker, request_id: str) -> dict[str, Any]:
+    """Wait for the only log line that ends a request, and return it."""
     for _ in range(100):
-        found = [
-            json.loads(line) for line in worker.log.read_text().splitlines() if request_id in line and line[0] == "{"
-        ]
-        if ended := [line for line in found if "outcome" in line]:
-            return ended
+        lines = [line for line in log_lines(worker, request_id) if "outcome" in line]
+        if lines:
+            (line,) = lines
+            return line
         time.sleep(0.05)
-    pytest.fail(f"the worker said nothing of {request_id}")
+    pytest.fail(f"The log has no line for the end of request {request_id}.")
 
 
 def gauges(http: httpx.Client) -> dict[str, float]:
@@ -60,7 +62,7 @@ def gauges(http: httpx.Client) -> dict[str, float]:
     return {sample.name: sample.value for family in families for sample in family.samples}
 
 
-def test_the_port_answers_while_the_model_is_loaded(http_worker: HttpWorker) -> None:
+def test_ping_answers_204_until_the_model_is_loaded(http_worker: HttpWorker) -> None:
     assert http_worker.pings[0] == 204
     assert set(http_worker.pings[:-1]) == {204}
     assert http_worker.pings[-1] == 200
@@ -79,8 +81,8 @@ def test_a_chat(client: openai.OpenAI, stream: bool) -> None:
 
 def test_images_and_a_video(client: openai.OpenAI) -> None:
     film = media.data_url(media.film("red", "blue"), "video/mp4")
-    told = client.chat.completions.create(model=MODEL, messages=seeing("What is this?", image_url("green"), film))
-    text = told.choices[0].message.content or ""
+    completion = client.chat.completions.create(model=MODEL, messages=user("What is this?", image_url("green"), film))
+    text = completion.choices[0].message.content or ""
     assert "green" in text
     assert "red to blue" in text
 
@@ -97,43 +99,45 @@ def test_other_routes(http: httpx.Client, http_worker: HttpWorker) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "status"),
+    ("fields", "status"),
     [
         pytest.param({"content": b"{bad", "headers": {"content-type": "application/json"}}, 400, id="malformed JSON"),
         pytest.param({"content": b"{}", "headers": {"content-type": "text/plain"}}, 400, id="content type"),
-        pytest.param({"content": b""}, 400, id="nothing"),
+        pytest.param({"content": b""}, 400, id="empty body"),
         pytest.param({"json": []}, 400, id="a list"),
-        pytest.param({"json": CHAT | {"model": "gpt-9"}}, 404, id="model"),
-        pytest.param({"json": CHAT | {"max_tokens": "many"}}, 400, id="type"),
+        pytest.param({"json": CHAT | {"model": "gpt-9"}}, 404, id="unknown model"),
+        pytest.param({"json": CHAT | {"max_tokens": "many"}}, 400, id="wrong type"),
         pytest.param({"json": CHAT | {"max_tokens": 10**9}}, 400, id="too many tokens"),
     ],
 )
-def test_bad_input(http: httpx.Client, sent: Any, status: int) -> None:
-    answer = http.post("/v1/chat/completions", **sent)
+def test_a_wrong_request_gets_an_error_and_the_worker_continues(http: httpx.Client, fields: Any, status: int) -> None:
+    answer = http.post("/v1/chat/completions", **fields)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
     assert "Traceback" not in answer.text
     assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
-def test_a_client_that_leaves_its_stream_frees_the_engine(http: httpx.Client, http_worker: HttpWorker) -> None:
-    headers = {"x-request-id": "leaving-client"}
+def test_a_client_that_disconnects_from_its_stream_frees_the_engine(
+    http: httpx.Client, http_worker: HttpWorker
+) -> None:
+    headers = {"x-request-id": "disconnecting-client"}
     with http.stream("POST", "/v1/completions", json=ENDLESS, headers=headers) as answer:
         parts = answer.iter_bytes()
         next(parts)
-    (line,) = lines(http_worker, "leaving-client")
+    line = job_line(http_worker, "disconnecting-client")
     assert line["outcome"] == "cancelled"
     assert 0 < line["output_tokens"] < 1900
     http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 1})
     assert gauges(http)["vllm:num_requests_running"] == 0
 
 
-def test_a_request_whose_time_is_up_frees_the_engine(http: httpx.Client, http_worker: HttpWorker) -> None:
-    """The worker's REQUEST_TIMEOUT is longer than any test's answer takes, but shorter than these tokens do."""
+def test_a_request_that_times_out_frees_the_engine(http: httpx.Client, http_worker: HttpWorker) -> None:
+    """Only this request takes longer than the worker's REQUEST_TIMEOUT."""
     body = {**ENDLESS, "stream": False, "n": 64, "temperature": 1}
     answer = http.post("/v1/completions", json=body, headers={"x-request-id": "too-long"})
     assert answer.status_code == 504
-    (line,) = lines(http_worker, "too-long")
+    line = job_line(http_worker, "too-long")
     assert line["outcome"] == "timeout"
     assert line["output_tokens"] < 64 * 1900
     http.post("/v1/completions", json={"model": MODEL, "prompt": "Hello", "max_tokens": 1})
@@ -154,11 +158,11 @@ def test_health_and_info(http: httpx.Client) -> None:
     assert info["settings"]["hf_token"] == "***"
 
 
-def test_the_metrics_are_one_exposition(http: httpx.Client, http_worker: HttpWorker) -> None:
-    body = CHAT | {"messages": seeing("What is this?", image_url("red"))}
+def test_the_metrics_of_worker_and_engine_form_one_exposition(http: httpx.Client, http_worker: HttpWorker) -> None:
+    body = CHAT | {"messages": user("What is this?", image_url("red"))}
     http.post("/v1/chat/completions", json=body, headers={"x-request-id": "measured"})
-    # The answer is there a moment before what is told of it.
-    lines(http_worker, "measured")
+    # The metrics change shortly after the answer.
+    job_line(http_worker, "measured")
     text = http.get("/metrics").text
     families = list(text_string_to_metric_families(text))
     names = [family.name for family in families]
@@ -172,12 +176,12 @@ def test_the_metrics_are_one_exposition(http: httpx.Client, http_worker: HttpWor
     assert {"vllm:num_requests_running", "vllm:generation_tokens", "worker_ready", "worker_build_info"} <= set(names)
 
 
-def test_a_job_is_one_line_of_json(http: httpx.Client, http_worker: HttpWorker) -> None:
+def test_a_job_is_logged_as_one_line_of_json(http: httpx.Client, http_worker: HttpWorker) -> None:
     headers = {"x-request-id": "one-line"}
-    body = CHAT | {"messages": seeing("What is this?", image_url("red"), image_url("blue")), "stream": True}
-    told = http.post("/v1/chat/completions", json=body, headers=headers).text
-    assert '"id":"chatcmpl-one-line"' in told
-    (line,) = lines(http_worker, "one-line")
+    body = CHAT | {"messages": user("What is this?", image_url("red"), image_url("blue")), "stream": True}
+    answer = http.post("/v1/chat/completions", json=body, headers=headers).text
+    assert '"id":"chatcmpl-one-line"' in answer
+    line = job_line(http_worker, "one-line")
     assert line["modalities"] == {"text": 1, "image": 2}
     assert (line["route"], line["stream"], line["status"]) == ("/v1/chat/completions", True, 200)
     assert (line["outcome"], line["finish_reason"]) == ("ok", "stop")
@@ -188,27 +192,26 @@ def test_a_job_is_one_line_of_json(http: httpx.Client, http_worker: HttpWorker) 
     assert line["queue_seconds"] >= 0
 
 
-def test_the_start_is_one_line(http_worker: HttpWorker) -> None:
-    parsed = [json.loads(line) for line in http_worker.log.read_text().splitlines() if line.startswith("{")]
-    (line,) = (line for line in parsed if "startup_seconds" in line)
+def test_the_start_is_logged_as_one_line(http_worker: HttpWorker) -> None:
+    (line,) = (line for line in log_lines(http_worker) if "startup_seconds" in line)
     assert {"python", "weights", "imports", "download", "engine", "attach", "total"} <= line["startup_seconds"].keys()
     assert line["weights"].startswith("on disk: ")
     assert line["compile_cache"] is False
 
 
-def test_the_engines_lines_have_the_same_form(http_worker: HttpWorker) -> None:
-    parsed = [json.loads(line) for line in http_worker.log.read_text().splitlines() if line.startswith("{")]
-    assert {line["logger"].partition(".")[0] for line in parsed} >= {"worker", "vllm"}
-    assert len({line["pid"] for line in parsed if line["logger"].startswith("vllm.")}) >= 2
-    assert all({"level", "logger", "pid", "message", "timestamp"} <= line.keys() for line in parsed)
+def test_the_engine_logs_in_the_same_format(http_worker: HttpWorker) -> None:
+    lines = log_lines(http_worker)
+    assert {line["logger"].partition(".")[0] for line in lines} >= {"worker", "vllm"}
+    assert len({line["pid"] for line in lines if line["logger"].startswith("vllm.")}) >= 2
+    assert all({"level", "logger", "pid", "message", "timestamp"} <= line.keys() for line in lines)
     assert not re.search(r"^(INFO|WARNING|ERROR|\(EngineCore)", http_worker.log.read_text(), re.MULTILINE)
 
 
 def test_the_log_holds_no_secret_and_no_prompt(http: httpx.Client, http_worker: HttpWorker) -> None:
-    planted = "the word is xylophone"
-    http.post("/v1/completions", json={"model": MODEL, "prompt": planted, "max_tokens": 2})
-    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": planted}], "temperature": planted})
-    http.post("/v1/chat/completions", json={"messages": seeing(planted, "http://127.0.0.1:9/x.png?sig=xylophone")})
+    prompt = "the word is xylophone"
+    http.post("/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 2})
+    http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": prompt}], "temperature": prompt})
+    http.post("/v1/chat/completions", json={"messages": user(prompt, "http://127.0.0.1:9/x.png?sig=xylophone")})
     http.post("/v1/chat/completions", json=CHAT, headers={"authorization": "Bearer wrong-key-xylophone"})
     log = http_worker.log.read_text()
     assert "xylophone" not in log
@@ -216,29 +219,20 @@ def test_the_log_holds_no_secret_and_no_prompt(http: httpx.Client, http_worker: 
     assert GREETING not in log
 
 
-def test_the_engines_span_is_a_child_of_the_jobs(http: httpx.Client, http_worker: HttpWorker) -> None:
+def test_the_engines_span_is_a_child_of_the_jobs_span(http: httpx.Client, collector: Collector) -> None:
     trace, caller = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     headers = {"x-request-id": "traced", "traceparent": f"00-{trace}-{caller}-01"}
     http.post("/v1/chat/completions", json=CHAT, headers=headers)
     for _ in range(100):
-        spans = {span.name: span for span in http_worker.collector.spans if span.trace_id.hex() == trace}
+        spans = {span.name: span for span in collector.spans if span.trace_id.hex() == trace}
         if len(spans) >= 2:
             break
         time.sleep(0.1)
     job = spans.pop("job")
     assert job.parent_span_id.hex() == caller
-    assert {one.key: one.value.string_value for one in job.attributes}.items() >= {
+    assert {attribute.key: attribute.value.string_value for attribute in job.attributes}.items() >= {
         ("request_id", "traced"),
         ("outcome", "ok"),
     }
     (engine,) = spans.values()
     assert engine.parent_span_id == job.span_id
-
-
-def test_a_worker_that_is_told_to_stop_leaves_in_order() -> None:
-    """Without a model: it is loading for long enough."""
-    environment = tiny.environment() | {"PORT": str(free_port())}
-    with WorkerProcess([sys.executable, "handler.py"], environment, subprocess.DEVNULL) as worker:
-        time.sleep(2)
-        worker.send_signal(15)
-        assert worker.wait(timeout=20) in (0, 143)

@@ -91,7 +91,7 @@ def test_who_runs_the_worker(tmp_path: Path, given: dict[str, str], worker: bool
         "id": "echo 0",
         "python3": 'echo "python3 $*"',
         "setpriv": 'while [ "${1#--}" != "$1" ]; do shift; done\n'
-        '[ "$1" = test ] && { [ "${3##*/}" = writable ]; exit; }\necho worker; exec "$@"',
+        '[ "$1" = true ] && exit; [ "$1" = test ] && { [ "${3##*/}" = writable ]; exit; }\necho worker; exec "$@"',
     }
     for name, text in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -114,8 +114,9 @@ def healthy(**environ: str) -> bool:
 def test_the_health_check(http_worker: HttpWorker) -> None:
     assert httpx.get(f"{http_worker.url}/ping").status_code == 200
     assert healthy(PORT=str(http_worker.port))
-    assert healthy()
+    assert healthy(RUNPOD_WEBHOOK_GET_JOB="http://platform/job-take/$ID?")
     assert not healthy(PORT=str(free_port()))
+    assert not healthy(WORKER_MODE="http", PORT_HEALTH=str(free_port()))
 
 
 def test_scripts_are_shell() -> None:

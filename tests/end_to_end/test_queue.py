@@ -1,4 +1,4 @@
-"""The whole worker: real clients → the platform's stand-in → the real SDK → handler.py → the real engine."""
+"""The queue worker from end to end: real clients → stand-in platform → real SDK → handler.py → real engine."""
 
 import base64
 import json
@@ -53,27 +53,27 @@ def run_sync(endpoint: Endpoint, job_input: object) -> dict[str, Any]:
 
 
 def output(endpoint: Endpoint, job_input: object) -> Any:
-    """Return the one yield of a job that does not stream."""
+    """Return the output of a job that does not stream: its only yield."""
     result = run_sync(endpoint, job_input)
     assert result["status"] == "COMPLETED", result
-    (only,) = result["output"]
-    return only
+    (chunk,) = result["output"]
+    return chunk
 
 
-def said(body: dict[str, Any]) -> str:
+def answer_text(body: dict[str, Any]) -> str:
     text: str = body["choices"][0]["message"]["content"]
     return text
 
 
 def user(text: str, *urls: str) -> list[ChatCompletionMessageParam]:
-    """Return a question after the images and videos at `urls`."""
+    """Return a user's message with the images and videos at `urls`."""
     kinds = ["video_url" if "video" in url[:20] or url.endswith(".mp4") else "image_url" for url in urls]
     parts: Any = [{"type": kind, kind: {"url": url}} for kind, url in zip(kinds, urls, strict=True)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def ask(client: openai.OpenAI, messages: list[ChatCompletionMessageParam], stream: bool, **fields: Any) -> str:
-    """Return the answer's text, whichever way it comes."""
+    """Return the text of the answer, streamed or not."""
     fields = {"model": MODEL, "messages": messages, "max_tokens": 40, **fields}
     if not stream:
         return client.chat.completions.create(**fields).choices[0].message.content or ""
@@ -85,24 +85,26 @@ both_ways = pytest.mark.parametrize(
     "stream", [pytest.param(False, id="not streaming"), pytest.param(True, id="streaming")]
 )
 
-# ---- The pixels arrive
+# ---- Images and videos reach the model
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_the_colour_of_bare_base64(endpoint: Endpoint, colour: str) -> None:
+def test_an_image_as_bare_base64(endpoint: Endpoint, colour: str) -> None:
     picture = media.encoded(media.picture(colour))
-    assert said(output(endpoint, {"prompt": "What colour is this?", "image": picture})) == f"The image is {colour}."
+    assert (
+        answer_text(output(endpoint, {"prompt": "What colour is this?", "image": picture})) == f"The image is {colour}."
+    )
 
 
 @both_ways
 @pytest.mark.parametrize("colour", COLOURS)
-def test_the_colour_through_openai(client: openai.OpenAI, colour: str, stream: bool) -> None:
+def test_an_image_through_openais_client(client: openai.OpenAI, colour: str, stream: bool) -> None:
     assert ask(client, user("What is this?", image_url(colour)), stream) == f"The image is {colour}."
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("size", [(28, 28), (600, 600), (300, 90), (40, 350)])
-def test_any_size_and_format(client: openai.OpenAI, size: tuple[int, int], kind: str) -> None:
+def test_image_sizes_and_formats(client: openai.OpenAI, size: tuple[int, int], kind: str) -> None:
     url = media.data_url(media.picture("orange", size, kind), f"image/{kind.lower()}")
     assert ask(client, user("Which colour?", url), stream=False) == "The image is orange."
 
@@ -116,7 +118,7 @@ def test_two_images_in_order(client: openai.OpenAI, stream: bool) -> None:
 
 def test_two_images_in_the_shorthand(endpoint: Endpoint) -> None:
     pictures = [media.encoded(media.picture(colour)) for colour in ("green", "pink")]
-    answer = said(output(endpoint, {"prompt": "What are these?", "images": pictures}))
+    answer = answer_text(output(endpoint, {"prompt": "What are these?", "images": pictures}))
     assert answer == "The images are green and pink."
 
 
@@ -131,7 +133,7 @@ def test_a_video(client: openai.OpenAI, first: str, last: str, stream: bool) -> 
 @pytest.mark.parametrize("key", ["video", "videos"])
 def test_a_video_as_bare_base64(endpoint: Endpoint, key: str) -> None:
     video = media.encoded(media.film("blue", "orange"))
-    answer = said(output(endpoint, {"prompt": "What happens?", key: video if key == "video" else [video]}))
+    answer = answer_text(output(endpoint, {"prompt": "What happens?", key: video if key == "video" else [video]}))
     assert answer == "The video goes from blue to orange."
 
 
@@ -141,7 +143,7 @@ def test_an_image_and_a_video_in_one_message(client: openai.OpenAI) -> None:
     assert answer == "The image is green. The video goes from red to blue."
 
 
-# ---- What OpenAI's client expects
+# ---- OpenAI's client
 
 
 def test_models_list(client: openai.OpenAI) -> None:
@@ -149,7 +151,7 @@ def test_models_list(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("form", ["absent", "null", "empty"])
-def test_a_get_route_in_each_form_the_platform_gives_it(endpoint: Endpoint, client: openai.OpenAI, form: Any) -> None:
+def test_a_get_route_with_each_form_of_input(endpoint: Endpoint, client: openai.OpenAI, form: Any) -> None:
     endpoint.server.platform.behaviour.get_input = form
     try:
         assert [model.id for model in client.models.list()] == [MODEL]
@@ -177,48 +179,48 @@ def test_a_tool_call(client: openai.OpenAI, stream: bool) -> None:
     assert (name, json.loads(arguments)) == ("get_weather", {"city": "Paris"})
 
 
-def test_reasoning_is_told_apart(client: openai.OpenAI) -> None:
+def test_reasoning_is_separate_from_the_answer(client: openai.OpenAI) -> None:
     thinking = {"chat_template_kwargs": {"enable_thinking": True}}
     answer = client.chat.completions.create(model=MODEL, messages=user("What is 2 plus 3?"), extra_body=thinking)
     message = answer.choices[0].message.model_dump()
     assert (message["reasoning"].strip(), message["content"].strip()) == ("2 plus 3 is 5.", "The answer is 5.")
 
 
-def test_a_long_stream_is_the_same_text_as_the_whole_answer(client: openai.OpenAI) -> None:
+def test_a_long_stream_has_the_same_text_as_the_complete_answer(client: openai.OpenAI) -> None:
     question = user("Tell me a story")
-    whole = client.chat.completions.create(model=MODEL, messages=question, max_tokens=400)
+    complete = client.chat.completions.create(model=MODEL, messages=question, max_tokens=400)
     chunks = list(
         client.chat.completions.create(
             model=MODEL, messages=question, max_tokens=400, stream=True, stream_options={"include_usage": True}
         )
     )
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == said(
-        whole.model_dump()
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == answer_text(
+        complete.model_dump()
     )
-    assert chunks[-1].usage == whole.usage
-    assert whole.usage is not None
-    assert whole.usage.completion_tokens > 100
+    assert chunks[-1].usage == complete.usage
+    assert complete.usage is not None
+    assert complete.usage.completion_tokens > 100
 
 
-def test_many_at_once_each_get_their_own_answer(client: openai.OpenAI) -> None:
+def test_concurrent_requests_each_get_their_own_answer(client: openai.OpenAI) -> None:
     colours = [COLOURS[index % len(COLOURS)] for index in range(40)]
     with ThreadPoolExecutor(16) as pool:
         answers = pool.map(lambda colour: ask(client, user("What is this?", image_url(colour)), stream=True), colours)
         assert list(answers) == [f"The image is {colour}." for colour in colours]
 
 
-# ---- The other shapes and routes
+# ---- Other input shapes and routes
 
 
 def test_runpods_own_client(sdk: runpod.Endpoint) -> None:
     job_input = {"messages": user("Hello"), "max_tokens": 20}
-    assert said(sdk.run_sync({"input": job_input})[0]) == GREETING
+    assert answer_text(sdk.run_sync({"input": job_input})[0]) == GREETING
     lists = list(sdk.run({"input": {**job_input, "stream": True}}).stream())
     chunks = [chunk for chunks in lists for chunk in chunks]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == GREETING
 
 
-def test_a_streamed_jobs_final_output_is_all_of_it(endpoint: Endpoint) -> None:
+def test_the_final_output_of_a_streamed_job_is_complete(endpoint: Endpoint) -> None:
     result = run_sync(endpoint, {"messages": user("Hello"), "stream": True})
     chunks = [chunk for chunks in result["output"] for chunk in chunks]
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == GREETING
@@ -227,7 +229,7 @@ def test_a_streamed_jobs_final_output_is_all_of_it(endpoint: Endpoint) -> None:
 def test_a_completion_and_a_chat_from_a_prompt(endpoint: Endpoint) -> None:
     completion = output(endpoint, {"prompt": "Once upon a time", "sampling_params": {"max_tokens": 5}})
     assert (completion["object"], completion["usage"]["completion_tokens"]) == ("text_completion", 5)
-    assert said(output(endpoint, {"prompt": "Hello", "apply_chat_template": True})) == GREETING
+    assert answer_text(output(endpoint, {"prompt": "Hello", "apply_chat_template": True})) == GREETING
 
 
 @pytest.mark.parametrize("shape", ["openai", "route"])
@@ -249,10 +251,10 @@ def test_other_routes(endpoint: Endpoint, shape: str) -> None:
     assert "\nvllm:num_requests_running{" in call("/metrics")
 
 
-# ---- Errors: told whole, and the worker goes on
+# ---- Errors: callers get the message, and the worker continues
 
-NO_PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"garbage" * 20).decode()
-MISTAKES = [
+BROKEN_IMAGE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"garbage" * 20).decode()
+WRONG_INPUTS = [
     pytest.param(
         {"openai_route": "/v1/chat/completions", "openai_input": {**CHAT, "model": "gpt-9"}},
         404,
@@ -271,22 +273,26 @@ MISTAKES = [
         "maximum context length is 2048 tokens",
         id="prompt too long",
     ),
-    pytest.param({"openai_route": "/v1/nothing", "openai_input": CHAT}, 404, "No route '/v1/nothing'", id="route"),
-    pytest.param({"prompt": "?", "image": NO_PICTURE}, 400, "image", id="broken image"),
+    pytest.param(
+        {"openai_route": "/v1/nothing", "openai_input": CHAT}, 404, "No route '/v1/nothing'", id="unknown route"
+    ),
+    pytest.param({"prompt": "?", "image": BROKEN_IMAGE}, 400, "image", id="broken image"),
     pytest.param(
         {"openai_route": "/v1/chat/completions", "openai_input": {"messages": user("?", "data:image/png;base64,!!!")}},
         400,
         "",
         id="broken base64",
     ),
-    pytest.param({"text": "Hello"}, 400, "It must have one of 'messages', 'prompt'", id="no shape"),
-    pytest.param("Hello", 400, "must be a JSON object, not a string", id="no object"),
+    pytest.param({"text": "Hello"}, 400, "It must have one of 'messages', 'prompt'", id="unknown shape"),
+    pytest.param("Hello", 400, "must be a JSON object, not a string", id="not an object"),
     pytest.param({"messages": []}, 400, "", id="no messages"),
 ]
 
 
-@pytest.mark.parametrize(("job_input", "code", "message"), MISTAKES)
-def test_a_mistake_fails_the_job_in_words(endpoint: Endpoint, job_input: Any, code: int, message: str) -> None:
+@pytest.mark.parametrize(("job_input", "code", "message"), WRONG_INPUTS)
+def test_a_wrong_input_fails_the_job_with_a_message(
+    endpoint: Endpoint, job_input: Any, code: int, message: str
+) -> None:
     result = run_sync(endpoint, job_input)
     assert result["status"] == "FAILED"
     error = json.loads(result["error"])
@@ -295,18 +301,18 @@ def test_a_mistake_fails_the_job_in_words(endpoint: Endpoint, job_input: Any, co
     assert message in error["message"]
     assert error["message"]
     assert "Traceback" not in result["error"]
-    assert said(output(endpoint, {"messages": user("Hello")})) == GREETING
+    assert answer_text(output(endpoint, {"messages": user("Hello")})) == GREETING
 
 
 @pytest.mark.parametrize(
     ("job_input", "message"),
     [
         pytest.param(case.values[0], case.values[2], id=case.id)
-        for case in MISTAKES
+        for case in WRONG_INPUTS
         if isinstance(case.values[0], dict) and "openai_route" in case.values[0]
     ],
 )
-def test_a_mistake_in_a_stream_is_an_error_event(endpoint: Endpoint, job_input: Any, message: str) -> None:
+def test_a_wrong_input_of_a_stream_is_an_error_event(endpoint: Endpoint, job_input: Any, message: str) -> None:
     url = f"{endpoint.url}/openai{job_input['openai_route']}"
     answer = httpx.post(url, json={**job_input["openai_input"], "stream": True}, timeout=30)
     event, done, rest = answer.text.split("\n\n")
@@ -314,38 +320,38 @@ def test_a_mistake_in_a_stream_is_an_error_event(endpoint: Endpoint, job_input: 
     assert message in json.loads(event.removeprefix("data: "))["error"]["message"]
 
 
-def test_openais_client_raises_the_error_of_a_stream(client: openai.OpenAI) -> None:
+def test_openais_client_raises_an_error_event(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIError, match="The model `gpt-9` does not exist"):
         ask(client, user("Hello"), stream=True, model="gpt-9")
 
 
-# ---- Cancellation frees the engine
+# ---- Cancellation and tokens
 
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "stream": True}
 
 
 def engine_is_idle(endpoint: Endpoint) -> bool:
-    """Ask the engine's own gauge, after a short job that makes it look."""
+    """Read the engine's gauge of running requests, after a short job that updates it."""
     output(endpoint, {"prompt": "Hello", "max_tokens": 1})
-    (line,) = re.findall(
+    (value,) = re.findall(
         r"^vllm:num_requests_running\{.*\} (.*)$", output(endpoint, {"route": "/metrics"}), re.MULTILINE
     )
-    return float(line) == 0
+    return float(value) == 0
 
 
-def line_of(endpoint: Endpoint, job_id: str) -> dict[str, Any]:
-    """Return the log line at a job's end."""
+def job_line(endpoint: Endpoint, job_id: str) -> dict[str, Any]:
+    """Wait for the log line that ends a job, and return it."""
     for _ in range(100):
-        for line in endpoint.log.read_text().splitlines():
-            if job_id in line and line.startswith("{") and "outcome" in (told := json.loads(line)):
-                return dict(told)
+        for text in endpoint.log.read_text().splitlines():
+            if job_id in text and text.startswith("{") and "outcome" in (line := json.loads(text)):
+                return dict(line)
         time.sleep(0.05)
-    pytest.fail(f"the worker said nothing of {job_id}")
+    pytest.fail(f"The log has no line for the end of job {job_id}.")
 
 
 def cancelled_tokens(endpoint: Endpoint, job_id: str) -> int:
-    """Return how many tokens a cancelled job was still given."""
-    line = line_of(endpoint, job_id)
+    """Return how many tokens were generated for a cancelled job."""
+    line = job_line(endpoint, job_id)
     assert line["outcome"] == "cancelled"
     return int(line["output_tokens"])
 
@@ -358,7 +364,7 @@ def test_a_cancelled_job_frees_the_engine(endpoint: Endpoint, sdk: runpod.Endpoi
     assert engine_is_idle(endpoint)
 
 
-def test_a_whole_answer_that_is_cancelled_frees_the_engine(endpoint: Endpoint, sdk: runpod.Endpoint) -> None:
+def test_a_cancelled_job_that_does_not_stream_frees_the_engine(endpoint: Endpoint, sdk: runpod.Endpoint) -> None:
     job = sdk.run({"input": {**ENDLESS, "stream": False}})
     endpoint.server.wait_until(lambda platform: platform.jobs[job.job_id].taken)
     time.sleep(0.2)
@@ -367,7 +373,7 @@ def test_a_whole_answer_that_is_cancelled_frees_the_engine(endpoint: Endpoint, s
     assert engine_is_idle(endpoint)
 
 
-def test_a_client_that_leaves_its_stream_frees_the_engine(endpoint: Endpoint, client: openai.OpenAI) -> None:
+def test_a_client_that_disconnects_from_its_stream_frees_the_engine(endpoint: Endpoint, client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=MODEL, prompt="Once", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
     )
@@ -377,7 +383,9 @@ def test_a_client_that_leaves_its_stream_frees_the_engine(endpoint: Endpoint, cl
     assert engine_is_idle(endpoint)
 
 
-def test_a_job_cancelled_while_its_image_is_fetched_leaves_the_link(endpoint: Endpoint, sdk: runpod.Endpoint) -> None:
+def test_cancelling_a_job_closes_the_connection_that_fetches_its_image(
+    endpoint: Endpoint, sdk: runpod.Endpoint
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(20)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/slow.png"
@@ -387,32 +395,32 @@ def test_a_job_cancelled_while_its_image_is_fetched_leaves_the_link(endpoint: En
             connection.settimeout(20)
             assert connection.recv(4096)
             job.cancel()
-            assert line_of(endpoint, job.job_id)["outcome"] == "cancelled"
+            assert job_line(endpoint, job.job_id)["outcome"] == "cancelled"
             assert connection.recv(4096) == b""
 
 
 def assert_tokens(endpoint: Endpoint, job_id: str, usage: dict[str, Any]) -> None:
-    line = line_of(endpoint, job_id)
+    line = job_line(endpoint, job_id)
     assert (line["input_tokens"], line["output_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
 
 
-def test_the_tokens_of_a_stream_are_known_though_its_client_did_not_ask(endpoint: Endpoint) -> None:
+def test_the_tokens_of_a_stream_without_usage_are_logged(endpoint: Endpoint) -> None:
     result = run_sync(endpoint, {"messages": user("Hello"), "stream": True})
-    whole = output(endpoint, {"messages": user("Hello")})["usage"]
-    assert_tokens(endpoint, result["id"], whole)
+    usage = output(endpoint, {"messages": user("Hello")})["usage"]
+    assert_tokens(endpoint, result["id"], usage)
     assert not any("usage" in chunk for chunks in result["output"] for chunk in chunks)
 
 
-def test_n_answers_share_their_prompt(endpoint: Endpoint) -> None:
+def test_the_prompt_of_several_answers_counts_once(endpoint: Endpoint) -> None:
     result = run_sync(endpoint, {"messages": user("Hello"), "n": 3, "temperature": 0.1})
     usage = result["output"][0]["usage"]
     assert_tokens(endpoint, result["id"], usage)
 
 
-# ---- What the worker tells of itself
+# ---- Metrics and log
 
 
-def test_metrics_have_a_port_of_their_own_and_are_the_same_through_a_job(endpoint: Endpoint) -> None:
+def test_metrics_can_be_read_from_their_own_port_and_through_a_job(endpoint: Endpoint) -> None:
     url = f"http://127.0.0.1:{endpoint.metrics_port}"
     output(endpoint, {"prompt": "What?", "image": image_url("red")})
     httpx.post(f"{endpoint.url}/openai/v1/chat/completions", json=CHAT | {"stream": True}, timeout=60)
@@ -427,26 +435,25 @@ def test_metrics_have_a_port_of_their_own_and_are_the_same_through_a_job(endpoin
     assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 404
 
 
-def test_the_sdks_lines_have_the_same_form(endpoint: Endpoint) -> None:
-    parsed = [json.loads(line) for line in endpoint.log.read_text().splitlines() if line.startswith("{")]
-    assert {line["logger"].partition(".")[0] for line in parsed} >= {"worker", "vllm", "runpod"}
-    assert all("timestamp" in line for line in parsed)
-
-
-# ---- What the log says
+def test_the_sdk_logs_in_the_same_format(endpoint: Endpoint) -> None:
+    lines = [json.loads(line) for line in endpoint.log.read_text().splitlines() if line.startswith("{")]
+    assert {line["logger"].partition(".")[0] for line in lines} >= {"worker", "vllm", "runpod"}
+    assert all("timestamp" in line for line in lines)
 
 
 def test_the_log_holds_no_prompt_and_no_traceback(endpoint: Endpoint) -> None:
-    planted = "the word is xylophone"
-    output(endpoint, {"prompt": planted, "apply_chat_template": True})
-    run_sync(endpoint, {"messages": [{"role": "user", "content": planted, "extra": {}}], "temperature": planted})
+    prompt = "the word is xylophone"
+    output(endpoint, {"prompt": prompt, "apply_chat_template": True})
+    run_sync(endpoint, {"messages": [{"role": "user", "content": prompt, "extra": {}}], "temperature": prompt})
     log = endpoint.log.read_text()
     assert "xylophone" not in log
     assert "Traceback" not in log
     assert " ok after " in log
 
 
-def test_no_result_was_posted_twice_or_late(endpoint: Endpoint) -> None:
+def test_no_result_is_posted_twice_or_late(endpoint: Endpoint) -> None:
+    """Checks this test's job and the jobs of all tests before it."""
+    run_sync(endpoint, {"messages": user("Hello"), "stream": True})
     platform = endpoint.server.platform
     cancelled = {job.id for job in platform.jobs.values() if job.status is Status.CANCELLED}
     assert cancelled >= set(platform.records.late_streams)

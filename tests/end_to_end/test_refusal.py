@@ -1,13 +1,9 @@
 """A worker that can never start, as its callers see it."""
 
-import asyncio
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -15,31 +11,9 @@ import pytest
 from standin import StandinServer, WorkerProcess, worker_environment
 from tests.support import tiny
 from tests.support.ports import free_port
-from worker.errors import ConfigurationError
-from worker.refusal import Refusal
 
 COMMAND = [sys.executable, "handler.py"]
 WRONG = {"MAX_CONCURRENCY": "many"}
-
-
-async def handler(_job: Any) -> AsyncGenerator[str, None]:
-    yield "no"
-
-
-@pytest.mark.parametrize(("seconds", "jobs"), [(0.05, 100), (60, 2)], ids=["seconds", "jobs"])
-def test_it_gives_up_after_a_while(seconds: float, jobs: int) -> None:
-    async def run() -> None:
-        refusal = Refusal(ConfigurationError("wrong"), seconds, jobs)
-        counted = refusal.counted(handler)
-        waiting = asyncio.create_task(refusal.given_up())
-        for _ in range(2):
-            async with aclosing(counted({"id": "job"})) as outputs:
-                assert await anext(outputs) == "no"
-        with pytest.raises(ConfigurationError, match="wrong"):
-            async with asyncio.timeout(5):
-                await waiting
-
-    asyncio.run(run())
 
 
 def test_jobs_of_the_queue_fail_with_the_cause() -> None:

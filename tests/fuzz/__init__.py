@@ -1,1 +1,1 @@
-"""Fuzzing of what reads callers' words: `jobs.parse`, `stream_form` and the events of a stream."""
+"""Fuzzing of everything that parses input from outside: a job's input, and the events of a stream."""

@@ -1,4 +1,4 @@
-"""`make fuzz`: fuzzing guided by coverage. What is found goes into tests/fuzz/corpus, which the test suite replays."""
+"""`make fuzz`: fuzzing guided by coverage. Failing inputs are added to tests/fuzz/corpus, which the test suite runs."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ with atheris.instrument_imports(include=["worker"]):
 CORPUS = Path(__file__).with_name("corpus")
 
 
-def one(data: bytes) -> None:
+def run_targets(data: bytes) -> None:
     """Run each target on some bytes."""
     targets.job_text(data)
     if data:
@@ -19,7 +19,8 @@ def one(data: bytes) -> None:
 
 
 if __name__ == "__main__":
-    found = Path(sys.argv[1])
-    found.mkdir(exist_ok=True)
-    atheris.Setup([sys.argv[0], *sys.argv[2:], f"-artifact_prefix={CORPUS}/found-", str(found), str(CORPUS)], one)
+    working_corpus = Path(sys.argv[1])
+    working_corpus.mkdir(exist_ok=True)
+    options = [*sys.argv[2:], f"-artifact_prefix={CORPUS}/found-", str(working_corpus), str(CORPUS)]
+    atheris.Setup([sys.argv[0], *options], run_targets)
     atheris.Fuzz()

@@ -1,26 +1,28 @@
-"""What must hold for any input whatever. Each target raises when it does not."""
+"""Properties that hold for any input. A target raises AssertionError when one does not."""
 
 import json
 from typing import Any
 
 from worker.errors import JobError
 from worker.media.parts import paths_of
-from worker.request import inputs as jobs
 from worker.request import sse
+from worker.request.inputs import JobInput
+
+LINE_ENDS = b"\r\n"
 
 
-def job(job_input: Any) -> None:
-    """Parse a job's input: a call that can be sent, or one of the worker's own errors with something to say."""
-    form = jobs.stream_form(job_input)
-    if form not in (None, "sse", "objects"):
-        raise AssertionError(f"a stream in the form {form!r}")
+def job(value: Any) -> None:
+    """Parse a job's input. The result is a call that can be sent, or an error of the client with a message."""
+    job_input = JobInput(value)
+    if job_input.stream_form not in (None, "sse", "objects"):
+        raise AssertionError(f"unknown stream form {job_input.stream_form!r}")
     for control_routes in (False, True):
         try:
-            call = jobs.parse(job_input, control_routes)
-        except JobError as error:
-            told = error.error()
-            if not told["message"] or not 400 <= told["code"] < 500:
-                raise AssertionError(f"an error that says nothing: {told}") from error
+            call = job_input.call(control_routes)
+        except JobError as caught:
+            error = caught.error()
+            if not error["message"] or not 400 <= error["code"] < 500:
+                raise AssertionError(f"not an error of the client with a message: {error}") from caught
             continue
         if not call.path.startswith("/") or call.method not in ("GET", "POST"):
             raise AssertionError(f"a call that cannot be sent: {call}")
@@ -28,28 +30,41 @@ def job(job_input: Any) -> None:
 
 
 def job_text(data: bytes) -> None:
-    """Parse a job as it arrives, if it is JSON."""
+    """Parse a job's input from its JSON text. Other text is ignored."""
     try:
-        job_input = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return
-    job(job_input)
+    job(value)
 
 
 def stream(data: bytes, size: int) -> None:
-    """Split a stream that arrives in pieces of so many bytes: nothing is lost, and no event is cut."""
-    splitter = sse.EventSplitter()
-    events = [event for start in range(0, len(data), size) for event in splitter.feed(data[start : start + size])]
-    if b"".join([*events, *splitter.flush()]) != data:
+    """Split a stream that arrives in pieces of `size` bytes. Nothing is lost, and no event is cut."""
+    buffer = sse.EventBuffer()
+    parts = [buffer.feed(data[start : start + size]) for start in range(0, len(data), size)]
+    if any(part and not part.endswith((b"\n\n", b"\r\n\r\n")) for part in parts):
+        raise AssertionError("an event was cut")
+    parts.append(buffer.flush())
+    if b"".join(parts) != data:
         raise AssertionError("bytes were lost")
-    batches = list(sse.batches(events, 1000))
-    if [event for batch in batches for event in batch] != events:
+    if _contents(parts) != _contents([data]):
+        raise AssertionError("the events depend on how the stream was cut")
+    events = list(sse.split(data))
+    batches = list(sse.batches(data, 1000))
+    if [event for batch in batches for event in sse.split(batch)] != events:
         raise AssertionError("events were lost")
-    if any(len(batch) > 1 and sum(map(sse.posted_size, batch)) > 1000 for batch in batches):
+    if any(batch not in events and sse.posted_size(batch) > 1000 for batch in batches):
         raise AssertionError("a batch is too large")
-    status = sse.status_of(events)
-    if status is not None and not isinstance(status, int):
-        raise AssertionError(f"a status that is none: {status!r}")
+    for event in events:
+        status = sse.error_status(event)
+        if status is not None and not isinstance(status, int):
+            raise AssertionError(f"not a status: {status!r}")
     text = data.decode(errors="replace")
-    if "".join(sse.pieces(text, 600)) != text:
+    if "".join(sse.texts(text.encode(), 600)) != text:
         raise AssertionError("text was lost")
+
+
+def _contents(parts: list[bytes]) -> list[bytes]:
+    """Return all events that are not empty, without the line ends around them."""
+    stripped = (event.strip(LINE_ENDS) for part in parts for event in sse.split(part))
+    return [event for event in stripped if event]

@@ -20,13 +20,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tests.support.ports import free_port
 from worker.errors import LEAVING, ConfigurationError
 from worker.http.gate import Gate
-from worker.http.own_routes import Monitor
+from worker.http.own_routes import OwnRoutes
 from worker.http.server import HttpServer
-from worker.lifecycle import Status
+from worker.lifecycle import Lifecycle
 from worker.request.asgi import App, Receive, Send
+from worker.request.pipeline import Pipeline
 from worker.settings.settings import Settings
 from worker.telemetry.jobs import Telemetry
-from worker.telemetry.startup_phases import Ledger
+from worker.telemetry.startup_phases import StartupPhases
 
 CHAT = "/v1/chat/completions"
 
@@ -69,10 +70,12 @@ class Worker:
 
     def __init__(self, engine: App, concurrency: int, chosen: Settings, **gate: Any) -> None:
         registry = CollectorRegistry()
-        self.status = Status()
+        self.lifecycle = Lifecycle()
         self.telemetry = Telemetry("model", registry)
-        monitor = Monitor(self.status, self.telemetry, chosen, Ledger(registry))
-        self.gate = Gate(monitor, self.status, self.telemetry, chosen, **gate)
+        own_routes = OwnRoutes(self.lifecycle, self.telemetry, chosen, StartupPhases(registry))
+        pipeline = Pipeline(chosen, self.lifecycle, self.telemetry)
+        self.memory = pipeline._memory
+        self.gate = Gate(own_routes, self.lifecycle, self.telemetry, chosen, pipeline, **gate)
         self.engine = engine
         self.concurrency = concurrency
         self.port = 0
@@ -80,11 +83,12 @@ class Worker:
 
     def ready(self) -> None:
         self.gate.open(self.engine, self.concurrency)
-        self.status.ready({}, lambda: False)
+        self.lifecycle.ready(lambda: False)
 
-    def end(self, why: str) -> None:
+    def end(self) -> None:
         async def end() -> None:
-            self.gate.end(why)
+            self.lifecycle.drain()
+            self.lifecycle.over.set()
 
         if self.server is not None:
             self.server.run(end())
@@ -124,12 +128,11 @@ def serving(
     concurrency: int = 4,
     *,
     ready: bool = True,
-    offers_engine: bool = True,
     body_seconds: float = 60.0,
     **given_settings: Any,
 ) -> Iterator[Worker]:
-    chosen = Settings.model_validate(given_settings)
-    worker = Worker(engine, concurrency, chosen, offers_engine=offers_engine, body_seconds=body_seconds)
+    chosen = Settings.model_validate({"worker_mode": "http", **given_settings})
+    worker = Worker(engine, concurrency, chosen, body_seconds=body_seconds)
     with HttpServer(worker.gate, [0], host="127.0.0.1") as server:
         (worker.port,) = server.ports
         if ready:
@@ -178,7 +181,7 @@ def test_the_requests_id_is_taken_or_made(plain: Worker) -> None:
 def test_states() -> None:
     with serving(ready=False) as worker:
         assert worker.get("/ping").status_code == 204
-        assert (worker.get("/health").status_code, worker.get("/health").json()["status"]) == (503, "loading")
+        assert (worker.get("/health").status_code, worker.get("/health").json()["status"]) == (503, "starting")
         refused = worker.post()
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         assert "loading its model" in error(refused)["message"]
@@ -186,10 +189,10 @@ def test_states() -> None:
         assert worker.get("/ping").status_code == 200
         assert (worker.get("/health").status_code, worker.get("/health").json()["status"]) == (200, "ready")
         assert worker.post().status_code == 200
-        worker.status.drain()
+        worker.lifecycle.drain()
         assert worker.get("/ping").status_code == 503
-        assert "is leaving" in error(worker.post())["message"]
-        worker.status.ready({}, is_dead=lambda: True)
+        assert "is shutting down" in error(worker.post())["message"]
+        worker.lifecycle.ready(engine_is_dead=lambda: True)
         assert (worker.get("/ping").status_code, worker.get("/health").json()["status"]) == (503, "dead")
         assert "has died" in error(worker.post())["message"]
 
@@ -218,8 +221,8 @@ def test_control_routes_can_be_allowed() -> None:
 
 
 def test_a_worker_of_the_queue_offers_only_its_own_routes() -> None:
-    with serving(offers_engine=False) as worker:
-        assert "Routes: /ping, /health, /info, /metrics." in error(worker.post())["message"]
+    with serving(worker_mode="queue") as worker:
+        assert "Available routes: /ping, /health, /info, /metrics." in error(worker.post())["message"]
         assert worker.get("/metrics").status_code == 200
 
 
@@ -333,21 +336,56 @@ def test_five_hundred_connections_at_once(plain: Worker) -> None:
 
 
 def test_a_body_that_is_cut_never_runs() -> None:
-    with serving() as worker:
+    bodies: list[bytes] = []
+
+    async def engine(scope: Any, receive: Receive, send: Send) -> None:
+        bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    with serving(engine) as worker:
         for request in (b"Content-Length: 900\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"):
             with socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection:
                 connection.sendall(b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\n" + request)
         assert worker.post().status_code == 200
-        assert worker.outcomes() == ["ok"]
+        _wait_for(lambda: sorted(worker.outcomes()) == ["cancelled", "cancelled", "ok"])
+    assert bodies == [b"{}"]
 
 
-def test_what_is_read_at_once_is_bounded() -> None:
-    with serving(max_request_bytes=800_000_000) as worker, ExitStack() as stack:
+def test_the_memory_of_bodies_that_arrive_is_bounded() -> None:
+    with serving(max_total_request_bytes=1_000_000) as worker, ExitStack() as stack:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n".encode()
         for _ in range(2):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", worker.port), timeout=10))
-            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 700000000\r\n\r\n{{".encode())
-        assert connection.recv(4096).startswith(b"HTTP/1.1 429")
+            connection.sendall(head + b"x" * 700_000)
+            _wait_for(lambda: worker.memory.held == 700_000)
+        assert b"MAX_TOTAL_REQUEST_BYTES=1000000" in _all_of(connection)
         assert worker.post().status_code == 200
+
+
+def test_a_body_that_is_announced_but_not_sent_takes_no_memory() -> None:
+    with serving(max_total_request_bytes=1_000_000) as worker, ExitStack() as stack:
+        for _ in range(5):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", worker.port), timeout=10))
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 900000\r\n\r\n{{".encode())
+        assert worker.post(json=None, content=b"x" * 900_000).status_code == 200
+
+
+def test_the_memory_of_bodies_that_wait_is_bounded() -> None:
+    async def waiting(_scope: Any, receive: Receive, _send: Send) -> None:
+        await receive()
+        await receive()
+
+    with (
+        serving(waiting, concurrency=100, max_total_request_bytes=20_000_000) as worker,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        asked = [pool.submit(worker.post, json=None, content=bytes(19_000_000)) for _ in range(8)]
+        _wait_for(lambda: sum(one.done() for one in asked) == 7)
+        assert (worker.gate.running, worker.memory.held) == (1, 19_000_000)
+        worker.end()
+        assert sorted(one.result().status_code for one in asked) == [429] * 7 + [503]
+        assert (worker.gate.running, worker.memory.held) == (0, 0)
 
 
 @pytest.mark.parametrize("named", ["x" * 129, "with space", "t\tab", "é"])
@@ -463,7 +501,7 @@ def test_what_still_runs_in_the_end_is_told_why(begun: bool) -> None:
         asked = pool.submit(worker.post)
         while not worker.gate.running:
             time.sleep(0.01)
-        worker.end(LEAVING)
+        worker.end()
         answer = asked.result()
         assert LEAVING in answer.text
         assert answer.status_code == (200 if begun else 503)
@@ -473,9 +511,9 @@ def test_what_still_runs_in_the_end_is_told_why(begun: bool) -> None:
 
 def test_a_worker_that_cannot_start_says_why_to_everybody() -> None:
     with serving(ready=False) as worker:
-        worker.status.fail("MODEL_NAME='x': no such model")
+        worker.lifecycle.refuse("MODEL_NAME='x': no such model")
         assert worker.get("/ping").status_code == 503
-        assert worker.get("/health").json()["status"] == "failed"
+        assert worker.get("/health").json()["status"] == "refused"
         for answer in (worker.post(), worker.get("/v1/models"), worker.get("/nothing")):
             assert answer.status_code == 503
             assert "MODEL_NAME='x': no such model" in error(answer)["message"]
@@ -509,7 +547,7 @@ def test_the_document_names_the_workers_own_routes(plain: Worker) -> None:
         max_size=3,
     ),
     body=st.binary(max_size=100),
-    state=st.sampled_from(["loading", "ready", "draining", "dead"]),
+    state=st.sampled_from(["starting", "ready", "draining", "failed", "dead", "refused"]),
 )
 def test_the_own_routes_keep_to_their_document(
     fuzzed: tuple[Worker, httpx.Client, Any],
@@ -521,7 +559,7 @@ def test_the_own_routes_keep_to_their_document(
     state: Any,
 ) -> None:
     worker, client, document = fuzzed
-    worker.status._state = state
+    worker.lifecycle._state = state
     answer = client.request(method, path, params=query, headers=headers, content=body)
     if method != "GET":
         assert answer.status_code == 405

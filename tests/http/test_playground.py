@@ -30,7 +30,7 @@ from tests.http.test_gate import CHAT, serving
 from tests.support.media import film, picture
 from worker.http.playground import PAGE, page
 from worker.request.asgi import Receive, Send
-from worker.settings.settings import load
+from worker.settings import read
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -119,7 +119,7 @@ def test_the_way_to_the_api_is_filled_in() -> None:
 
 
 def test_off_by_default() -> None:
-    assert not load({}).playground
+    assert not read({}).playground
     with serving() as worker:
         answer = worker.get("/")
         assert (answer.status_code, answer.json()["error"]["message"][:13]) == (404, "No route '/'.")
@@ -140,7 +140,7 @@ def test_on_by_setting_and_without_a_key(ready: bool) -> None:
 
 
 def test_a_worker_of_the_queue_has_no_page() -> None:
-    with serving(offers_engine=False, playground="true") as worker:
+    with serving(worker_mode="queue", playground="true") as worker:
         assert worker.get("/").status_code == 404
 
 

@@ -1,4 +1,4 @@
-"""The HTTP server's thread and forks of its process."""
+"""The HTTP server: forks of its process, and calls after its end."""
 
 import asyncio
 import json
@@ -25,25 +25,25 @@ PROGRAM = """
         return sum(line.split()[9] in inodes for line in lines[1:])
 
     with HttpServer(app, [0]) as server:
-        kept = http.client.HTTPConnection("127.0.0.1", server.ports[0], timeout=10)
-        kept.request("GET", "/")
-        answers = [kept.getresponse().read().decode()]
+        client = http.client.HTTPConnection("127.0.0.1", server.ports[0], timeout=10)
+        client.request("GET", "/")
+        answers = [client.getresponse().read().decode()]
         began = time.monotonic()
-        ours, theirs = os.pipe()
+        reading, writing = os.pipe()
         if (child := os.fork()) == 0:
-            os.write(theirs, json.dumps(internet_sockets()).encode())
+            os.write(writing, json.dumps(internet_sockets()).encode())
             time.sleep(60)
-        in_child = json.loads(os.read(ours, 100))
+        in_child = json.loads(os.read(reading, 100))
         seconds = time.monotonic() - began
-        kept.request("GET", "/")
-        answers.append(kept.getresponse().read().decode())
+        client.request("GET", "/")
+        answers.append(client.getresponse().read().decode())
         print(json.dumps({"parent": internet_sockets(), "child": in_child, "answers": answers, "seconds": seconds}))
         os.kill(child, 9)
 """
 
 
-def test_a_fork_takes_nothing_along_and_the_server_goes_on() -> None:
-    done = subprocess.run(
+def test_a_forked_child_has_no_sockets_and_the_server_continues() -> None:
+    completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROGRAM)],
         cwd=ROOT,
         capture_output=True,
@@ -51,17 +51,19 @@ def test_a_fork_takes_nothing_along_and_the_server_goes_on() -> None:
         timeout=60,
         check=True,
     )
-    told = json.loads(done.stdout)
-    assert told["child"] == 0
-    assert told["parent"] > 0
-    assert told["answers"] == ["ok", "ok"]
-    assert told["seconds"] < 4
+    result = json.loads(completed.stdout)
+    assert result["child"] == 0
+    assert result["parent"] > 0
+    assert result["answers"] == ["ok", "ok"]
+    assert result["seconds"] < 4
 
 
-def test_a_signal_after_the_end_does_nothing() -> None:
+def test_notify_after_the_end_of_the_server_does_nothing() -> None:
     async def app(_scope: object, _receive: object, _send: object) -> None:
-        """Answer nobody."""
+        """Send no answer."""
 
+    event = asyncio.Event()
     with HttpServer(app, [0], host="127.0.0.1") as server:
         pass
-    server.notify(asyncio.Event())
+    server.notify(event)
+    assert not event.is_set()

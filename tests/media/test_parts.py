@@ -1,4 +1,4 @@
-"""Where media stand in a request."""
+"""Finding the media parts of a request."""
 
 import json
 from typing import Any
@@ -28,19 +28,19 @@ DATA = "data:image/png;base64,aGVsbG8="
         ([], LINK, None),
     ],
 )
-def test_the_part_of_a_link(body: Any, link: str, path: str | None) -> None:
+def test_the_part_that_contains_a_link_is_found(body: Any, link: str, path: str | None) -> None:
     assert path_of(json.dumps(body).encode(), link) == path
 
 
-def test_a_body_without_end_is_not_searched_to_its_end() -> None:
+def test_a_huge_body_is_searched_only_in_part() -> None:
     assert path_of(json.dumps({"a": [[1]] * 20_000, "messages": [LINK]}).encode(), LINK) is None
 
 
-def test_no_json() -> None:
+def test_a_body_that_is_not_json_has_no_parts() -> None:
     assert path_of(b"{", LINK) is None
 
 
 @pytest.mark.parametrize(("kind", "paths"), [("image", ["a[0]", "a[3]"]), ("video", ["a[1]"]), ("audio", ["a[4]"])])
-def test_the_parts_of_a_kind(kind: Kind, paths: list[str]) -> None:
+def test_the_parts_of_a_kind_are_found(kind: Kind, paths: list[str]) -> None:
     types = ["image_url", "video_url", "text", "input_image", "input_audio"]
-    assert paths_of(json.dumps({"a": [{"type": name} for name in types]}).encode(), kind) == paths
+    assert paths_of(json.dumps({"a": [{"type": part_type} for part_type in types]}).encode(), kind) == paths

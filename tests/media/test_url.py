@@ -1,4 +1,4 @@
-"""Bare base64 is recognised by its first bytes; a URL passes."""
+"""Bare base64 becomes a `data:` URL; a URL is left unchanged."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ def encoded(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
-def test_bare_base64_of_an_image(kind: str) -> None:
+def test_base64_of_an_image_becomes_a_data_url(kind: str) -> None:
     text = encoded(image(kind))
     assert media_url.from_text(text, "image") == f"data:image/{kind.lower()};base64,{text}"
 
@@ -35,17 +35,17 @@ def test_bare_base64_of_an_image(kind: str) -> None:
         pytest.param(b"GIF89a\x08\x00\x08\x00\x80\x00", "image/gif", id="gif"),
     ],
 )
-def test_bare_base64_of_a_video(head: bytes, media_type: str) -> None:
+def test_base64_of_a_video_becomes_a_data_url(head: bytes, media_type: str) -> None:
     text = encoded(head + bytes(30))
     assert media_url.from_text(text, "video") == f"data:{media_type};base64,{text}"
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.png", "data:image/png;base64,AAAA", "file:///a.png"])
-def test_a_url_passes(url: str) -> None:
+def test_a_url_is_left_unchanged(url: str) -> None:
     assert media_url.from_text(url, "image") == url
 
 
-def test_line_breaks_are_dropped() -> None:
+def test_line_breaks_in_base64_are_removed() -> None:
     text = base64.encodebytes(image("PNG")).decode()
     assert "\n" not in media_url.from_text(text, "image")
 
@@ -59,11 +59,11 @@ def test_line_breaks_are_dropped() -> None:
         pytest.param("é" * 40, id="not ASCII"),
     ],
 )
-def test_neither_url_nor_base64_of_a_known_format(text: str) -> None:
+def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="neither a URL"):
         media_url.from_text(text, "image")
 
 
-def test_a_video_is_no_image() -> None:
-    with pytest.raises(ValueError, match="holds video/mp4, which is no image"):
+def test_a_video_is_refused_as_an_image() -> None:
+    with pytest.raises(ValueError, match="contains video/mp4 where image data is expected"):
         media_url.from_text(encoded(b"\x00\x00\x00\x20ftypisom" + bytes(30)), "image")

@@ -1,4 +1,4 @@
-"""Videos in processes of their own, which may die."""
+"""Decoding videos in child processes, which may crash or hang."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ from tests.support import hostile, media
 from worker.errors import MediaError
 from worker.media.checks import Limits
 from worker.media.video import Capture, Decoders
-from worker.settings import settings as config
+from worker.settings import settings
 
-LIMITS = Limits.of(config.load({}))
+LIMITS = Limits.of(settings.read({}))
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def opened(decoders: Decoders, data: bytes) -> Capture:
 
 
 def frames_of(capture: Capture) -> int:
-    """Read a film to its end; return how many frames it has."""
+    """Read a video to its end; return how many frames it has."""
     count = 0
     while capture.grab():
-        found, frame = capture.retrieve()
-        assert found
+        decoded, frame = capture.retrieve()
+        assert decoded
         assert frame is not None
         count += 1
     capture.close()
@@ -48,16 +48,16 @@ def frames_of(capture: Capture) -> int:
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "worker.media.decoder" in one.cmdline()]
+    return [child for child in psutil.Process().children() if "worker.media.decoder" in child.cmdline()]
 
 
-def test_a_process_is_used_again(decoders: Decoders) -> None:
+def test_a_process_is_reused(decoders: Decoders) -> None:
     film = media.film("red", "blue")
     assert [frames_of(opened(decoders, film)) for _ in range(3)] == [16] * 3
     assert len(children()) == 1
 
 
-def test_several_at_once(decoders: Decoders) -> None:
+def test_several_videos_are_decoded_at_once(decoders: Decoders) -> None:
     film = media.film("red", "blue")
     with ThreadPoolExecutor(4) as pool:
         counts = list(pool.map(lambda _: frames_of(opened(decoders, film)), range(12)))
@@ -74,14 +74,14 @@ def read_as_vllm_does(decoders: Decoders, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("file", sorted(hostile.FOLDER.glob("crash.*")), ids=lambda file: str(file.name))
-def test_a_process_that_dies_is_replaced(decoders: Decoders, file: Path) -> None:
+def test_a_process_that_crashes_is_replaced(decoders: Decoders, file: Path) -> None:
     with pytest.raises(MediaError, match="damaged"):
         read_as_vllm_does(decoders, file.read_bytes())
     assert children() == []
     assert frames_of(opened(decoders, media.film("red", "blue"))) == 16
 
 
-def test_one_that_has_died_idle_is_replaced(decoders: Decoders) -> None:
+def test_an_idle_process_that_has_died_is_replaced(decoders: Decoders) -> None:
     decoders.prepare()
     (idle,) = children()
     idle.kill()
@@ -89,14 +89,14 @@ def test_one_that_has_died_idle_is_replaced(decoders: Decoders) -> None:
     assert frames_of(opened(decoders, media.film("red", "blue"))) == 16
 
 
-def test_one_that_is_aborted_fails_in_whichever_thread_waits_for_it(decoders: Decoders) -> None:
+def test_reading_an_aborted_capture_fails(decoders: Decoders) -> None:
     capture = opened(decoders, media.film("red", "blue"))
     capture.abort()
     with pytest.raises(MediaError):
         frames_of(capture)
 
 
-def test_one_that_hangs_while_it_opens_a_video_can_be_aborted(decoders: Decoders) -> None:
+def test_opening_a_video_can_be_aborted_while_the_process_hangs(decoders: Decoders) -> None:
     decoders.prepare()
     (process,) = children()
     capture = decoders.capture()
@@ -110,7 +110,7 @@ def test_one_that_hangs_while_it_opens_a_video_can_be_aborted(decoders: Decoders
     capture.close()
 
 
-def test_frames_one_after_the_other(decoders: Decoders) -> None:
+def test_read_returns_every_frame(decoders: Decoders) -> None:
     capture = opened(decoders, media.film("red", "blue"))
     count = 0
     while capture.read()[0]:
@@ -119,7 +119,7 @@ def test_frames_one_after_the_other(decoders: Decoders) -> None:
     assert count == 16
 
 
-def test_nothing_stays_open_behind_one_that_died(decoders: Decoders) -> None:
+def test_a_crashed_process_leaves_no_file_descriptor_open(decoders: Decoders) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
         with pytest.raises(MediaError):
@@ -127,13 +127,13 @@ def test_nothing_stays_open_behind_one_that_died(decoders: Decoders) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_it_holds_no_secret_and_ends_with_its_worker() -> None:
+def test_a_process_has_no_secrets_and_ends_with_its_worker() -> None:
     program = """
         import sys, time
-        from worker.settings import settings as config
+        from worker.settings import settings
         from worker.media.checks import Limits
         from worker.media.video import Decoders
-        Decoders(Limits.of(config.load({}))).prepare()
+        Decoders(Limits.of(settings.read({}))).prepare()
         print("ready", flush=True)
         time.sleep(60)
     """

@@ -1,4 +1,4 @@
-"""The compile cache on a shared volume, which may hold anything."""
+"""The compile cache on a shared volume, where any file may be damaged or missing."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def compiled(tmp_path: Path, worker: str = "one", name: str = "torch_compile_cac
     return file
 
 
-def test_the_next_worker_has_what_the_first_compiled(tmp_path: Path) -> None:
+def test_the_next_worker_gets_the_compiled_code_of_the_first(tmp_path: Path) -> None:
     first = cache(tmp_path)
     assert not first.restore()
     compiled(tmp_path)
@@ -41,47 +41,47 @@ def test_the_next_worker_has_what_the_first_compiled(tmp_path: Path) -> None:
     assert (tmp_path / "three/torch_compile_cache/c.so").is_file()
 
 
-def test_a_file_that_has_grown_is_new(tmp_path: Path) -> None:
-    one = cache(tmp_path)
-    one.restore()
+def test_a_file_with_a_new_size_is_saved(tmp_path: Path) -> None:
+    compile_cache = cache(tmp_path)
+    compile_cache.restore()
     compiled(tmp_path)
-    assert one.save()
-    assert not one.save()
+    assert compile_cache.save()
+    assert not compile_cache.save()
     compiled(tmp_path, size=20)
-    assert one.save()
+    assert compile_cache.save()
 
 
-def test_more_than_the_volume_may_hold_is_not_copied(tmp_path: Path) -> None:
-    one = cache(tmp_path, max_bytes=1000)
-    one.restore()
+def test_a_cache_above_the_limit_is_not_saved(tmp_path: Path) -> None:
+    compile_cache = cache(tmp_path, max_bytes=1000)
+    compile_cache.restore()
     compiled(tmp_path, size=2000)
-    assert not one.save()
+    assert not compile_cache.save()
     assert not (tmp_path / "volume").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", b"\0" * 2000], ids=["empty", "text", "zeros"])
-def test_a_broken_archive_is_no_cache_and_is_replaced(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"\0" * 2000], ids=["empty", "text", "zeros"])
+def test_a_damaged_archive_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "volume").mkdir()
     (tmp_path / "volume/key.tar").write_bytes(content)
-    one = cache(tmp_path)
-    one.restore()
+    compile_cache = cache(tmp_path)
+    compile_cache.restore()
     compiled(tmp_path)
-    assert one.save()
+    assert compile_cache.save()
     assert cache(tmp_path, "two").restore()
 
 
-def test_an_archive_that_is_cut_off_is_no_cache(tmp_path: Path) -> None:
-    one = cache(tmp_path)
-    one.restore()
+def test_nothing_of_a_truncated_archive_is_used(tmp_path: Path) -> None:
+    compile_cache = cache(tmp_path)
+    compile_cache.restore()
     compiled(tmp_path, size=100_000)
-    one.save()
+    compile_cache.save()
     archive = tmp_path / "volume/key.tar"
     os.truncate(archive, 5_000)
     assert not cache(tmp_path, "two").restore()
     assert list((tmp_path / "two").iterdir()) == []
 
 
-def test_an_archive_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+def test_a_path_outside_the_folder_is_not_extracted(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     with tarfile.open(tmp_path / "volume/key.tar", "w") as archive:
         archive.add(__file__, "../outside.py")
@@ -89,28 +89,28 @@ def test_an_archive_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None
     assert not (tmp_path / "outside.py").exists()
 
 
-def test_a_volume_that_cannot_be_written_to_fails_nothing(tmp_path: Path) -> None:
+def test_a_volume_that_is_not_writable_causes_no_error(tmp_path: Path) -> None:
     (tmp_path / "volume").write_text("a file where a folder should be")
-    one = cache(tmp_path)
-    assert not one.restore()
+    compile_cache = cache(tmp_path)
+    assert not compile_cache.restore()
     compiled(tmp_path)
-    assert not one.save()
+    assert not compile_cache.save()
 
 
-def test_the_least_recently_used_goes_first_and_what_was_left_behind(tmp_path: Path) -> None:
+def test_abandoned_files_and_the_least_recently_used_archives_are_removed(tmp_path: Path) -> None:
     compiled(tmp_path, size=30_000)
     for age, key in ((3, "old"), (2, "used"), (1, "newer")):
-        one = cache(tmp_path, key=key)
-        one.save()
+        compile_cache = cache(tmp_path, key=key)
+        compile_cache.save()
         os.utime(tmp_path / f"volume/{key}.tar", (time.time() - 100 * age,) * 2)
-    (tmp_path / "volume/left.tmp").write_bytes(b"x")
-    os.utime(tmp_path / "volume/left.tmp", (0, 0))
+    (tmp_path / "volume/abandoned.tmp").write_bytes(b"x")
+    os.utime(tmp_path / "volume/abandoned.tmp", (0, 0))
     assert cache(tmp_path, "two", "old").restore()
     cache(tmp_path, key="last", max_bytes=100_000).save()
     assert {file.name for file in (tmp_path / "volume").iterdir()} == {"last.tar", "old.tar"}
 
 
-def test_two_workers_write_at_once_and_one_is_killed(tmp_path: Path) -> None:
+def test_two_workers_write_at_once_and_are_killed(tmp_path: Path) -> None:
     compiled(tmp_path, size=3_000_000)
     program = """
 import sys
@@ -136,5 +136,5 @@ while True:
     assert cache(tmp_path, "last").restore()
 
 
-def test_keys() -> None:
+def test_the_key_depends_on_values_but_not_on_their_order() -> None:
     assert key_of({"a": 1, "b": Path("/x")}) == key_of({"b": Path("/x"), "a": 1}) != key_of({"a": 2})

@@ -1,4 +1,4 @@
-"""Whether a model fits, by numbers that can be worked out by hand."""
+"""Whether a model fits, with numbers that can be checked by hand."""
 
 import json
 from pathlib import Path
@@ -28,22 +28,22 @@ def model(folder: Path, size: int, config: dict[str, Any] = CONFIG) -> Path:
     return folder
 
 
-def test_one_that_fits(tmp_path: Path) -> None:
+def test_a_model_that_fits(tmp_path: Path) -> None:
     """2 (keys, values) x 28 layers x 4 heads x 128 x 2 bytes = 57,344 bytes for each token."""
     estimate = fit.check(model(tmp_path, 15_000_000_000), PLAN, [GPU])
     assert estimate is not None
     assert (estimate.weights, estimate.cache) == (15e9, 57_344 * 32_768)
-    assert estimate.free == 24e9 * 0.9
+    assert estimate.available == 24e9 * 0.9
 
 
-def test_a_context_that_is_too_long_is_told_which_would_fit(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"does not fit, by estimate") as caught:
+def test_the_error_names_the_longest_context_that_fits(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"does not fit into GPU memory, by estimate") as caught:
         fit.check(model(tmp_path, 19_500_000_000), PLAN, [GPU])
-    said = str(caught.value)
+    message = str(caught.value)
     room = 21_600_000_000 - 19_500_000_000 - fit.OVERHEAD_BYTES
-    assert f"MAX_MODEL_LEN={room // 57_344 // 256 * 256}" in said
-    assert "needs 19.5 GB for weights, 1.9 GB for the cache of one sequence of 32768 tokens" in said
-    assert "has 21.6 GB" in said
+    assert f"MAX_MODEL_LEN={room // 57_344 // 256 * 256}" in message
+    assert "needs 19.5 GB for weights, 1.9 GB for the cache of one sequence of 32768 tokens" in message
+    assert "has 21.6 GB" in message
 
 
 def test_weights_that_are_too_large(tmp_path: Path) -> None:
@@ -51,19 +51,19 @@ def test_weights_that_are_too_large(tmp_path: Path) -> None:
         fit.check(model(tmp_path, 140_000_000_000), Plan(1, 1, 0.9, 4096, "bfloat16", "auto"), [GPU, GPU])
 
 
-def test_a_context_as_long_as_there_is_room_for(tmp_path: Path) -> None:
+def test_a_context_as_long_as_fits(tmp_path: Path) -> None:
     estimate = fit.check(model(tmp_path, 19_500_000_000), Plan(1, 1, 0.9, 0, "bfloat16", "auto"), [GPU])
     assert estimate is not None
     assert estimate.cache == 0
 
 
-def test_weights_that_are_halved_while_they_are_loaded(tmp_path: Path) -> None:
+def test_weights_that_vllm_converts_to_16_bits(tmp_path: Path) -> None:
     estimate = fit.check(model(tmp_path, 8_000_000_000, CONFIG | {"torch_dtype": "float32"}), PLAN, [GPU])
     assert estimate is not None
     assert estimate.weights == 4e9
 
 
-def test_several_gpus_share(tmp_path: Path) -> None:
+def test_several_gpus_share_the_weights(tmp_path: Path) -> None:
     plan = Plan(8, 1, 0.9, 4096, "bfloat16", "auto")
     estimate = fit.check(model(tmp_path, 140_000_000_000), plan, [GPU] * 8)
     assert estimate is not None
@@ -88,17 +88,17 @@ def test_several_gpus_share(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_a_token_takes(tmp_path: Path, config: dict[str, Any], plan: Plan, size: int) -> None:
+def test_the_cache_of_one_token(tmp_path: Path, config: dict[str, Any], plan: Plan, size: int) -> None:
     estimate = fit.check(model(tmp_path, 1000, {"text_config": CONFIG | config}), plan, [GPU] * plan.gpus)
     assert estimate is not None
     assert estimate.cache == size * 32_768
 
 
-@pytest.mark.parametrize("gone", ["config.json", "model.safetensors"])
-def test_what_is_not_known_is_not_refused(tmp_path: Path, gone: str) -> None:
-    (model(tmp_path, 10**12) / gone).unlink()
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_model_without_the_needed_files_is_not_refused(tmp_path: Path, name: str) -> None:
+    (model(tmp_path, 10**12) / name).unlink()
     assert fit.check(tmp_path, PLAN, [GPU]) is None
 
 
-def test_without_gpus_nothing_is_said(tmp_path: Path) -> None:
+def test_without_gpus_there_is_no_estimate(tmp_path: Path) -> None:
     assert fit.check(model(tmp_path, 10**12), PLAN, []) is None

@@ -1,4 +1,4 @@
-"""What is said of a container that is short of something."""
+"""Warnings about a container with too little disk, memory or shared memory."""
 
 import shutil
 from pathlib import Path
@@ -11,24 +11,24 @@ from worker.model import preflight
 from worker.model.prefetch import free_memory
 
 
-def test_a_container_with_enough_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_warning_without_a_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda: 64 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 30))
     assert list(preflight.warnings(tmp_path / "cache", 8)) == []
 
 
-def test_each_thing_that_is_short_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_for_each_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda: 1 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
-    (tmp_path / "file").write_text("no folder")
-    told = list(preflight.warnings(tmp_path / "file" / "cache", 2, tmp_path))
-    assert len(told) == 4
-    assert "VLLM_CACHE_ROOT" in told[0]
+    (tmp_path / "file").write_text("not a folder")
+    warnings = list(preflight.warnings(tmp_path / "file" / "cache", 2, tmp_path))
+    assert len(warnings) == 4
+    assert "VLLM_CACHE_ROOT" in warnings[0]
     assert len(list(preflight.warnings(tmp_path / "cache", 1, tmp_path))) == 2
 
 
 @pytest.mark.parametrize(("limit", "free"), [("max", 8 << 30), (str(3 << 30), 2 << 30), (str(20 << 30), 8 << 30)])
-def test_free_memory_is_what_container_and_machine_have(tmp_path: Path, limit: str, free: int) -> None:
+def test_free_memory_is_the_smaller_of_container_and_machine(tmp_path: Path, limit: str, free: int) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{1 << 30}\n")
     (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {8 << 20} kB\n")

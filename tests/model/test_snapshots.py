@@ -1,4 +1,4 @@
-"""Which snapshots on disk count as complete, and in which caches they are looked for."""
+"""Which snapshots on disk are complete, where they are searched, and which repositories the settings name."""
 
 import json
 import struct
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from worker.model import repositories, snapshots
-from worker.settings import settings as config
+from worker.settings import read
 
 COMMIT = "c" * 40
-MODEL = repositories.model(config.load({"MODEL_NAME": "Org/Model"}), {})
+MODEL = repositories.model(read({"MODEL_NAME": "Org/Model"}))
 
 
 def tensors(size: int = 16) -> bytes:
-    """Return a safetensors file with one tensor of so many bytes."""
+    """Return a safetensors file with one tensor of `size` bytes."""
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     return struct.pack("<Q", len(header)) + header + bytes(size)
 
@@ -26,6 +26,7 @@ def index(*names: str) -> bytes:
 BASE = {"config.json": b"{}", "tokenizer.json": b"{}"}
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SHARDED = {**BASE, "model.safetensors.index.json": index(*SHARDS), **dict.fromkeys(SHARDS, tensors())}
+MODEL_FILES = SHARDED | {SHARDS[0]: tensors(3_000_000)}
 
 
 def without(files: dict[str, bytes], *names: str) -> dict[str, bytes]:
@@ -51,7 +52,9 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         pytest.param({}, False, id="nothing"),
         pytest.param(BASE, False, id="no weights"),
         pytest.param(without(SHARDED, SHARDS[1]), False, id="a shard is missing"),
-        pytest.param(without(SHARDED, SHARDS[1], "model.safetensors.index.json"), False, id="and the index"),
+        pytest.param(
+            without(SHARDED, SHARDS[1], "model.safetensors.index.json"), False, id="a shard and the index are missing"
+        ),
         pytest.param({**SHARDED, SHARDS[0]: tensors()[:-1]}, False, id="a shard is cut off"),
         pytest.param({**SHARDED, SHARDS[0]: b"\xff" * 100}, False, id="a shard is foreign"),
         pytest.param({**SHARDED, SHARDS[0]: b""}, False, id="a shard is empty"),
@@ -60,7 +63,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         pytest.param(without(SHARDED, "config.json"), False, id="no configuration"),
     ],
 )
-def test_what_is_complete(tmp_path: Path, files: dict[str, bytes], complete: bool) -> None:
+def test_a_complete_model(tmp_path: Path, files: dict[str, bytes], complete: bool) -> None:
     assert snapshots.is_complete(write(tmp_path / "snapshot", files), MODEL) is complete
 
 
@@ -68,44 +71,46 @@ ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": tensors()}
 
 
 @pytest.mark.parametrize(
-    ("said", "files", "complete"),
+    ("variables", "files", "complete"),
     [
-        pytest.param({"TOKENIZER": "o/t"}, without(SHARDED, "tokenizer.json"), True, id="no tokenizer wanted"),
+        pytest.param({"TOKENIZER": "o/t"}, without(SHARDED, "tokenizer.json"), True, id="with another tokenizer"),
         pytest.param({"MODEL_NAME": "o/m/x.Q4.gguf"}, {"x.Q4.gguf": b"x"}, True, id="a file"),
         pytest.param({"MODEL_NAME": "o/m/x.Q4.gguf"}, {"x.Q4.gguf": b""}, False, id="an empty file"),
         pytest.param({"MODEL_NAME": "o/m/x.Q4.gguf"}, {}, False, id="no file"),
     ],
 )
-def test_what_is_complete_of_other_models(
-    tmp_path: Path, said: dict[str, str], files: dict[str, bytes], complete: bool
+def test_a_complete_part_of_a_model(
+    tmp_path: Path, variables: dict[str, str], files: dict[str, bytes], complete: bool
 ) -> None:
-    wanted = repositories.model(config.load({"MODEL_NAME": "o/m", **said}), said)
-    assert snapshots.is_complete(write(tmp_path, files) / (wanted.path or ""), wanted) is complete
+    repository = repositories.model(read({"MODEL_NAME": "o/m"} | variables))
+    assert snapshots.is_complete(write(tmp_path, files) / (repository.path or ""), repository) is complete
 
 
 @pytest.mark.parametrize(
-    ("said", "files", "complete"),
+    ("variables", "files", "complete"),
     [
         pytest.param({"LORA_MODULES": "a=o/a"}, ADAPTER, True, id="an adapter"),
-        pytest.param({"LORA_MODULES": "a=o/a"}, without(ADAPTER, "adapter_model.safetensors"), False, id="half of one"),
+        pytest.param(
+            {"LORA_MODULES": "a=o/a"}, without(ADAPTER, "adapter_model.safetensors"), False, id="without weights"
+        ),
         pytest.param({"TOKENIZER": "o/t"}, {"tokenizer.json": b"{}"}, True, id="a tokenizer"),
         pytest.param({"TOKENIZER": "o/t"}, {"config.json": b"{}"}, False, id="no tokenizer"),
         pytest.param({"SPEC_MODEL": "o/d"}, without(SHARDED, "tokenizer.json"), True, id="a draft model"),
     ],
 )
-def test_what_is_complete_beside_the_model(
-    tmp_path: Path, said: dict[str, str], files: dict[str, bytes], complete: bool
+def test_other_complete_repositories(
+    tmp_path: Path, variables: dict[str, str], files: dict[str, bytes], complete: bool
 ) -> None:
-    (wanted,) = repositories.besides(config.load({}), said)
-    assert snapshots.is_complete(write(tmp_path, files), wanted) is complete
+    (repository,) = repositories.others(read(variables))
+    assert snapshots.is_complete(write(tmp_path, files), repository) is complete
 
 
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("variables", "names"),
     [
         pytest.param({"LORA_MODULES": "a=o/a,b=/local,c=o/c"}, ["o/a", "o/c"], id="adapters by pairs"),
         pytest.param({"LORA_MODULES": '[{"name": "a", "path": "o/a"}]'}, ["o/a"], id="adapters in JSON"),
-        pytest.param({"LORA_MODULES": "[{"}, [], id="no JSON"),
+        pytest.param({"LORA_MODULES": "[{"}, [], id="invalid JSON"),
         pytest.param({"DEFAULT_MM_LORAS": '{"audio": "o/a"}'}, ["o/a"], id="adapters of media"),
         pytest.param({"SPECULATIVE_CONFIG": '{"model": "o/d"}', "TOKENIZER": "o/t"}, ["o/t", "o/d"], id="a draft"),
         pytest.param({"SPECULATIVE_CONFIG": '{"method": "ngram", "model": "ngram"}'}, [], id="no model"),
@@ -113,26 +118,39 @@ def test_what_is_complete_beside_the_model(
         pytest.param({"TOKENIZER": "tests/models"}, [], id="a folder"),
     ],
 )
-def test_what_is_named_beside_the_model(said: dict[str, str], named: list[str]) -> None:
-    assert [one.name for one in repositories.besides(config.load(said), said)] == named
+def test_other_repositories_in_the_settings(variables: dict[str, str], names: list[str]) -> None:
+    assert [repository.name for repository in repositories.others(read(variables))] == names
 
 
 def test_the_revision_of_a_tokenizer() -> None:
-    said = {"TOKENIZER": "o/t", "TOKENIZER_REVISION": "v1"}
-    assert repositories.besides(config.load({}), said)[0].revision == "v1"
+    settings = read({"TOKENIZER": "o/t", "TOKENIZER_REVISION": "v1"})
+    assert repositories.others(settings)[0].revision == "v1"
 
 
 @pytest.mark.parametrize(
-    ("configuration", "asks"),
+    ("names", "weights"),
+    [
+        pytest.param(["b.safetensors", "a.safetensors", "a.bin"], ["a.safetensors", "b.safetensors"], id="safetensors"),
+        pytest.param(["a.bin", "a.pt", "config.json"], ["a.bin"], id="pickled"),
+        pytest.param(["model.safetensors", "consolidated.safetensors"], ["consolidated.safetensors"], id="two copies"),
+        pytest.param(["config.json"], [], id="none"),
+    ],
+)
+def test_which_weights_vllm_loads(names: list[str], weights: list[str]) -> None:
+    assert repositories.weight_files(names) == weights
+
+
+@pytest.mark.parametrize(
+    ("configuration", "has_remote_code"),
     [({}, False), ({"auto_map": {"A": "m.A"}}, False), ({"auto_map": {"A": "o/r--m.A"}}, True)],
 )
-def test_code_from_another_repository(tmp_path: Path, configuration: dict[str, object], asks: bool) -> None:
-    assert snapshots.asks_for_more(tmp_path) is False
+def test_code_from_another_repository(tmp_path: Path, configuration: dict[str, object], has_remote_code: bool) -> None:
+    assert snapshots.has_remote_code(tmp_path) is False
     (tmp_path / "config.json").write_text(json.dumps(configuration))
-    assert snapshots.asks_for_more(tmp_path) is asks
+    assert snapshots.has_remote_code(tmp_path) is has_remote_code
 
 
-def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path) -> None:
+def test_a_broken_link_is_not_a_file(tmp_path: Path) -> None:
     folder = write(tmp_path, without(SHARDED, SHARDS[1]))
     (folder / SHARDS[1]).symlink_to(tmp_path / "blobs" / "gone")
     assert not snapshots.is_complete(folder, MODEL)
@@ -145,13 +163,13 @@ def cache(root: Path, repository: str, commit: str = COMMIT, ref: str | None = "
     return folder
 
 
-def find(root: Path, **environ: str) -> Path | None:
-    wanted = repositories.model(config.load({"MODEL_NAME": "Org/Model", **environ}), environ)
-    return snapshots.find(wanted, [root / "no such cache", root])
+def find(root: Path, **variables: str) -> Path | None:
+    repository = repositories.model(read({"MODEL_NAME": "Org/Model", **variables}))
+    return snapshots.find(repository, [root / "no such cache", root])
 
 
 @pytest.mark.parametrize("repository", ["models--Org--Model", "models--org--model"])
-def test_the_name_in_any_letter_case(tmp_path: Path, repository: str) -> None:
+def test_upper_and_lower_case_names_match(tmp_path: Path, repository: str) -> None:
     assert find(tmp_path) is None
     assert cache(tmp_path, repository) == find(tmp_path)
 
@@ -173,20 +191,19 @@ def test_a_single_snapshot_needs_no_branch(tmp_path: Path) -> None:
 def test_a_folder_of_the_repository(tmp_path: Path) -> None:
     folder = cache(tmp_path, "models--Org--Model")
     assert find(tmp_path, MODEL_SUBFOLDER="half") is None
-    assert find(tmp_path, MODEL_SUBFOLDER="half") is None
     write(folder / "half", SHARDED)
     assert find(tmp_path, MODEL_SUBFOLDER="half") == folder / "half"
 
 
-def test_one_that_is_being_downloaded_is_not_complete(tmp_path: Path) -> None:
+def test_a_snapshot_that_is_being_downloaded_is_not_complete(tmp_path: Path) -> None:
     folder = cache(tmp_path, "models--Org--Model")
     snapshots.marker(folder).touch()
     assert find(tmp_path) is None
 
 
-def test_where_caches_are(tmp_path: Path) -> None:
-    settings = config.load({"BASE_PATH": str(tmp_path), "DOWNLOAD_DIR": "/d"})
-    assert snapshots.caches(settings, {"HF_HOME": "/h", "HF_HUB_CACHE": "/c"}) == [
+def test_the_caches_to_search(tmp_path: Path) -> None:
+    settings = read({"BASE_PATH": str(tmp_path), "DOWNLOAD_DIR": "/d", "HF_HOME": "/h", "HF_HUB_CACHE": "/c"})
+    assert snapshots.caches(settings) == [
         snapshots.BAKED,
         Path("/d"),
         Path("/c"),
@@ -196,11 +213,10 @@ def test_where_caches_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "folder"),
+    ("variables", "folder"),
     [({}, "huggingface-cache/hub"), ({"HF_HOME": "/h"}, None), ({"DOWNLOAD_DIR": "/d"}, "/d")],
 )
-def test_where_downloads_go(tmp_path: Path, environ: dict[str, str], folder: str | None) -> None:
-    settings = config.load({"BASE_PATH": str(tmp_path), **environ})
-    assert snapshots.download_folder(settings, environ) == (None if folder is None else tmp_path / folder)
-    nowhere = config.load({"BASE_PATH": "/no/such"})
-    assert snapshots.download_folder(nowhere, {}) is None
+def test_the_folder_to_download_to(tmp_path: Path, variables: dict[str, str], folder: str | None) -> None:
+    settings = read({"BASE_PATH": str(tmp_path), **variables})
+    assert snapshots.download_folder(settings) == (None if folder is None else tmp_path / folder)
+    assert snapshots.download_folder(read({"BASE_PATH": "/no/such"})) is None

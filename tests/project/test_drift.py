@@ -24,11 +24,9 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import RequestStateStats
 
 from tests.support.tiny import MODEL, ROOT
-from worker import engine
-from worker.queue.handler import Service
+from worker import engine, settings
+from worker.queue.handler import JobHandler
 from worker.request import routes
-from worker.settings import settings as config
-from worker.settings import sources
 
 NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 """Routes under /v1/ that a job cannot use (a websocket) or must not (control)."""
@@ -71,7 +69,7 @@ def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> Non
 
 def vllm_routes() -> set[str]:
     """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
-    args = engine.parse_arguments(sources.gather({"MODEL_NAME": str(MODEL)}), config.load({"MODEL_NAME": str(MODEL)}))
+    args = engine.parse_arguments(settings.read({"MODEL_NAME": str(MODEL)}))
     app = build_app(args, ("generate", "transcription", "realtime"))
     return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
 
@@ -119,7 +117,7 @@ def test_a_request_that_is_answered_whole_ends_when_its_client_disconnects() -> 
 
 
 def test_the_sdk_takes_the_handler_for_a_generator() -> None:
-    assert rp_handler.is_generator(Service.handler)
+    assert rp_handler.is_generator(JobHandler.handle)
 
 
 def test_the_sdk_fails_a_job_by_a_yield_with_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Generated job inputs and streams; `make fuzz` runs 20,000 of them and goes on guided by coverage."""
+"""Generated job inputs and streams. `make fuzz` runs 20,000 of them, then fuzzing guided by coverage."""
 
 import json
 import os
@@ -42,7 +42,7 @@ VALID: tuple[Any, ...] = (
 
 @st.composite
 def mutations(draw: Any) -> Any:
-    """Return a valid input of which some values are others, or gone, or somewhere else."""
+    """Return a valid input in which some values were replaced, removed or moved."""
     mutated = json.loads(json.dumps(draw(st.sampled_from(VALID))))
     for _ in range(draw(st.integers(1, 3))):
         holder = mutated
@@ -62,7 +62,7 @@ def mutations(draw: Any) -> Any:
 @pytest.mark.timeout(600)
 @given(mutations() | json_values)
 @settings(max_examples=EXAMPLES, **without_limit)
-def test_any_job_is_a_call_or_an_error_in_words(job_input: Any) -> None:
+def test_any_job_is_a_call_or_an_error_with_a_message(job_input: Any) -> None:
     targets.job(job_input)
 
 
@@ -72,17 +72,17 @@ pieces = st.sampled_from(PARTS)
 
 @given(st.lists(pieces | st.binary(max_size=30), max_size=20).map(b"".join), st.integers(1, 40))
 @settings(max_examples=3_000, **without_limit)
-def test_any_stream_is_split_whole(data: bytes, size: int) -> None:
+def test_any_stream_is_split_between_its_events(data: bytes, size: int) -> None:
     targets.stream(data, size)
 
 
 @pytest.mark.parametrize("file", CORPUS, ids=lambda file: file.name)
-def test_what_was_found_once(file: Path) -> None:
+def test_inputs_that_failed_once(file: Path) -> None:
     data = file.read_bytes()
     targets.job_text(data)
     targets.stream(data, 1)
 
 
 @pytest.mark.parametrize("depth", [500, 990, 100_000])
-def test_what_is_deeper_than_people_write(depth: int) -> None:
+def test_deeply_nested_input(depth: int) -> None:
     targets.job_text(b'{"prompt": "?", "x": ' + b"[" * depth + b"]" * depth + b"}")

@@ -1,4 +1,4 @@
-"""What is generated from the settings: that it is current, and what RunPod's Hub would read."""
+"""The files that are generated from the settings are current, and RunPod's Hub can read them."""
 
 import json
 import subprocess
@@ -10,9 +10,8 @@ import jsonschema
 import pytest
 
 from tests.support.tiny import ROOT
-from worker.request import inputs as jobs
-from worker.settings import settings as config
-from worker.settings import sources
+from worker.request.inputs import JobInput
+from worker.settings import read, sources
 
 LISTINGS = [".runpod/hub.json", ".runpod/load-balancing/hub.json"]
 TEXT = {"type": "string", "minLength": 1}
@@ -98,46 +97,47 @@ TESTS = {
 }
 
 
-def read(name: str) -> dict[str, Any]:
+def load(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((ROOT / name).read_text())
     return loaded
 
 
-def test_what_is_generated_is_current() -> None:
+def test_generated_files_are_current() -> None:
     command = [sys.executable, "builder/generate.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize("name", LISTINGS)
-def test_a_listing_is_one_that_the_hub_reads(name: str) -> None:
-    listing = read(name)
+def test_the_hub_can_read_a_listing(name: str) -> None:
+    listing = load(name)
     jsonschema.validate(listing, HUB)
-    offered = {one["key"]: one.get("input", {}) for one in listing["config"]["env"]}
-    assert len(offered) == len(listing["config"]["env"])
-    in_front = [key for key, told in offered.items() if told and not told.get("advanced")]
-    assert len(in_front) == 12
-    assert in_front[0] == "MODEL_NAME"
-    # Whatever the form fills in would count before a preset.
+    fields = {variable["key"]: variable.get("input", {}) for variable in listing["config"]["env"]}
+    assert len(fields) == len(listing["config"]["env"])
+    basic = [key for key, field in fields.items() if field and not field.get("advanced")]
+    assert len(basic) == 12
+    assert basic[0] == "MODEL_NAME"
+    # A default in the form would override the preset.
     presets = {name for preset in sources.presets() for name in preset["settings"]}
-    assert not [key for key in presets if "default" in offered.get(key, {})]
-    assert all(preset["defaults"].keys() <= offered.keys() for preset in listing["config"]["presets"])
+    assert not [key for key in presets if "default" in fields.get(key, {})]
+    assert all(preset["defaults"].keys() <= fields.keys() for preset in listing["config"]["presets"])
 
 
 @pytest.mark.parametrize("preset", sources.presets(), ids=lambda preset: str(preset["name"]))
-def test_the_example_of_a_preset_is_one_of_its_models(preset: dict[str, Any]) -> None:
-    said = sources.gather({"MODEL_NAME": preset["example"]})
-    assert all(said.origins[name] == f"preset {preset['name']}" for name in preset["settings"])
+def test_the_example_of_a_preset_matches_its_patterns(preset: dict[str, Any]) -> None:
+    origins = sources.collect({"MODEL_NAME": preset["example"]}).origins
+    assert all(origins[name] == f"preset {preset['name']}" for name in preset["settings"])
 
 
-def test_the_hubs_tests_are_jobs_that_the_worker_takes() -> None:
-    listed = read(".runpod/tests.json")
-    jsonschema.validate(listed, TESTS)
-    assert {jobs.parse(one["input"]).path for one in listed["tests"]} == {"/v1/chat/completions"}
-    assert any(jobs.stream_form(one["input"]) for one in listed["tests"])
-    config.load({one["key"]: one["value"] for one in listed["config"]["env"]})
+def test_the_worker_accepts_the_jobs_of_the_hubs_tests() -> None:
+    listing = load(".runpod/tests.json")
+    jsonschema.validate(listing, TESTS)
+    jobs = [JobInput(test["input"]) for test in listing["tests"]]
+    assert {job.call().path for job in jobs} == {"/v1/chat/completions"}
+    assert any(job.stream_form for job in jobs)
+    read({variable["key"]: variable["value"] for variable in listing["config"]["env"]})
 
 
-def test_the_example_of_an_environment_is_empty_until_somebody_fills_it() -> None:
+def test_the_example_environment_sets_nothing() -> None:
     lines = Path(ROOT / ".env.example").read_text().splitlines()
     assert all(line.startswith("#") or not line for line in lines)

@@ -1,4 +1,4 @@
-"""How long a result is tried, against a session that fails as it is told."""
+"""How long a result is posted, against a session that fails as often as a test wants, on a virtual clock."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -6,56 +6,40 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
-import pytest
 
+from tests.support.clock import run_on_virtual_clock
 from worker.queue import delivery
 from worker.queue.delivery import Delivery
 
 
 class Session:
-    """Fails so many times, then takes what it is given."""
+    """Fails `failures` times, each time after `seconds`, then accepts what it gets."""
 
-    def __init__(self, failures: int) -> None:
+    def __init__(self, failures: int, seconds: float) -> None:
         self.failures = failures
+        self.seconds = seconds
         self.posts = 0
 
     @asynccontextmanager
     async def post(self, *_: Any, **__: Any) -> Any:
         self.posts += 1
         if self.posts <= self.failures:
+            await asyncio.sleep(self.seconds)
             raise aiohttp.ClientConnectionError
         yield SimpleNamespace(status=200)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Give the seconds that pass with each look at the clock, and make waiting a matter of no time."""
-    step, now = [1.0], [0.0]
-
-    def monotonic() -> float:
-        now[0] += step[0]
-        return now[0]
-
-    async def sleep(_seconds: float) -> None:
-        pass
-
-    monkeypatch.setattr(delivery, "time", SimpleNamespace(monotonic=monotonic))
-    monkeypatch.setattr(delivery, "asyncio", SimpleNamespace(sleep=sleep))
-    return step
-
-
-def posts(failures: int) -> int:
-    session: Any = Session(failures)
-    asyncio.run(Delivery(session, "http://x/$ID?", "http://x/$ID?", lambda: None).done("job", {"output": []}))
+def posts(failures: int, seconds: float = 0.0) -> int:
+    session: Any = Session(failures, seconds)
+    sending = Delivery(session, "http://x/$ID?", "http://x/$ID?", lambda: None).done("job", {"output": []})
+    run_on_virtual_clock(sending)
     return int(session.posts)
 
 
-def test_a_result_outlasts_a_worker_that_was_frozen(clock: list[float]) -> None:
-    clock[0] = 600.0
-    assert posts(1) == 2
+def test_a_result_is_posted_after_the_worker_was_frozen() -> None:
+    assert posts(failures=1, seconds=600) == 2
 
 
-def test_a_result_that_nobody_takes_is_given_up(clock: list[float]) -> None:
-    assert 100 < posts(10**6) < 200
-    clock[0] = 600.0
-    assert posts(10**6) == delivery.DEADLINE_SECONDS / delivery.ATTEMPT_SECONDS
+def test_a_result_that_nobody_accepts_is_given_up() -> None:
+    assert 10 < posts(failures=10**6) < 40
+    assert posts(failures=10**6, seconds=600) == delivery.DEADLINE_SECONDS / delivery.ATTEMPT_SECONDS

@@ -3,18 +3,19 @@
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from worker.errors import ENGINE_DIED, LEAVING, Json, UnavailableError
-from worker.queue.handler import Output, Service
+from worker.errors import ENGINE_DIED, LEAVING, Json
+from worker.lifecycle import Lifecycle
+from worker.queue.handler import JobHandler, Output
 from worker.request import sse
 from worker.request.asgi import App, Receive, Send
-from worker.request.pace import paced
-from worker.settings.settings import Settings
+from worker.request.pace import current_pace
+from worker.request.pipeline import Pipeline
+from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
 
 SECRET = "what a user said"
@@ -50,20 +51,23 @@ def stream(*pieces: bytes, fails: bool = False) -> App:
     return app
 
 
+def handler(
+    app: App,
+    settings: Settings = Settings(),
+    lifecycle: Lifecycle | None = None,  # noqa: B008 - frozen
+) -> JobHandler:
+    if lifecycle is None:
+        lifecycle = Lifecycle()
+        lifecycle.ready(lambda: False)
+    return JobHandler(app, Pipeline(settings, lifecycle, Telemetry("model", CollectorRegistry())), settings)
+
+
+async def collect(handler: JobHandler, job_input: object) -> list[Output]:
+    return [output async for output in handler.handle({"id": "job-1", "input": job_input})]
+
+
 def outputs(app: App, job_input: object, settings: Settings = Settings()) -> list[Output]:  # noqa: B008 - frozen
-    async def attach() -> App:
-        return app
-
-    async def run() -> list[Output]:
-        return [output async for output in service(attach, settings).handler({"id": "job-1", "input": job_input})]
-
-    return asyncio.run(run())
-
-
-def service(
-    attach: Callable[[], Awaitable[App]], settings: Settings, is_dead: Callable[[], bool] = lambda: False
-) -> Service:
-    return Service(attach, settings, Telemetry("model", CollectorRegistry()), is_dead)
+    return asyncio.run(collect(handler(app, settings), job_input))
 
 
 def openai(**fields: Any) -> Json:
@@ -202,12 +206,8 @@ def test_cancelling_a_job_ends_its_work_in_the_engine(caplog: pytest.LogCaptureF
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         told.extend([(await receive())["type"], (await receive())["type"]])
 
-    async def attach() -> App:
-        return endless
-
     async def consume() -> None:
-        async for _ in service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
-            pass
+        await collect(handler(endless), openai(stream=True))
 
     async def run() -> None:
         with pytest.raises(TimeoutError):
@@ -232,7 +232,7 @@ def test_a_job_that_takes_too_long_is_ended_with_an_error(streaming: bool) -> No
 
     *_, failed = outputs(endless, {**CHAT, "stream": streaming}, Settings(request_timeout=0.05))
     assert error_of(failed) == {
-        "message": "The request was ended after REQUEST_TIMEOUT=0.05 s. Ask for fewer tokens, or raise it.",
+        "message": "The request was ended after REQUEST_TIMEOUT=0.05 s. Ask for fewer tokens, or raise the limit.",
         "type": "TimeoutError",
         "param": None,
         "code": 504,
@@ -243,12 +243,9 @@ def test_a_job_that_takes_too_long_is_ended_with_an_error(streaming: bool) -> No
 def test_what_comes_while_a_batch_is_posted_is_the_next_batch() -> None:
     events = [sse.event({"n": number}) for number in range(30)]
 
-    async def attach() -> App:
-        return stream(*events)
-
     async def run() -> list[Output]:
         texts = []
-        async for text in service(attach, Settings()).handler({"id": "job-1", "input": openai(stream=True)}):
+        async for text in handler(stream(*events)).handle({"id": "job-1", "input": openai(stream=True)}):
             texts.append(text)
             await asyncio.sleep(0.2)
         return texts
@@ -263,8 +260,8 @@ def test_the_engine_is_told_the_pace_of_the_stream(milliseconds: float, seconds:
     waits = []
 
     async def app(scope: Any, receive: Receive, send: Send) -> None:
-        if (pace := paced.get()) is not None:
-            pace.went(now=0)
+        if (pace := current_pace.get()) is not None:
+            pace.sent(now=0)
             waits.append(pace.wait(now=0))
         await answer(b"{}")(scope, receive, send)
 
@@ -302,21 +299,17 @@ def test_what_became_of_a_job_is_told_once(
 
 
 def ended_while_they_run(app: App, *job_inputs: Json) -> list[list[Output]]:
-    """Return what jobs yield that are ended with an error while the engine is silent."""
-
-    async def attach() -> App:
-        return app
+    """Return the yields of jobs that are ended while the engine is silent, and of one that comes later."""
 
     async def run() -> list[list[Output]]:
-        answering = service(attach, Settings())
-
-        async def collect(job_input: Json) -> list[Output]:
-            return [output async for output in answering.handler({"id": "job", "input": job_input})]
-
-        tasks = [asyncio.create_task(collect(job_input)) for job_input in job_inputs]
+        lifecycle = Lifecycle()
+        lifecycle.ready(lambda: False)
+        answering = handler(app, lifecycle=lifecycle)
+        tasks = [asyncio.create_task(collect(answering, job_input)) for job_input in job_inputs]
         await asyncio.sleep(0.1)
-        answering.end(UnavailableError(LEAVING))
-        late = await collect(CHAT)
+        lifecycle.drain()
+        lifecycle.over.set()
+        late = await collect(answering, CHAT)
         return [*await asyncio.gather(*tasks), late]
 
     return asyncio.run(run())
@@ -353,14 +346,10 @@ def test_what_has_not_begun_is_ended_too() -> None:
 
 
 def test_a_dead_engine_is_told_in_words_that_help() -> None:
-    async def attach() -> App:
-        return answer(b'{"error": {"message": "EngineCore encountered an issue.", "code": 500}}', 500)
-
-    async def run() -> list[Output]:
-        answering = service(attach, Settings(), is_dead=lambda: True)
-        return [output async for output in answering.handler({"id": "job", "input": CHAT})]
-
-    (output,) = asyncio.run(run())
+    lifecycle = Lifecycle()
+    lifecycle.ready(engine_is_dead=lambda: True)
+    app = answer(b'{"error": {"message": "EngineCore encountered an issue.", "code": 500}}', 500)
+    (output,) = asyncio.run(collect(handler(app, lifecycle=lifecycle), CHAT))
     assert error_of(output)["message"] == ENGINE_DIED
 
 
@@ -375,4 +364,4 @@ def test_a_route_for_models_of_another_kind() -> None:
     (output,) = outputs(answer(b'{"detail":"Not Found"}', 404), {"route": "/v1/embeddings", "body": {"input": "Hello"}})
     error = error_of(output)
     assert (error["code"], error["type"]) == (404, "NotFoundError")
-    assert "does not answer '/v1/embeddings'" in error["message"]
+    assert "does not support '/v1/embeddings'" in error["message"]

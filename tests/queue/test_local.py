@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
@@ -12,17 +12,17 @@ from worker.queue import local
 from worker.queue.handler import Job, Output
 
 
-async def two(job: Job) -> AsyncIterator[Output]:
+async def two(job: Job) -> AsyncGenerator[Output, None]:
     yield f"one {job['input']}"
     yield {"two": 2, "error": None}
 
 
-async def fails(_job: Job) -> AsyncIterator[Output]:
+async def fails(_job: Job) -> AsyncGenerator[Output, None]:
     yield "one"
     yield {"error": "no"}
 
 
-def test_every_yield_is_told() -> None:
+def test_the_output_lists_every_yield() -> None:
     result = asyncio.run(local.run(two, {"id": "a", "input": 1}))
     assert result == {"id": "a", "status": "COMPLETED", "output": ["one 1", {"two": 2, "error": None}]}
 
@@ -41,10 +41,10 @@ def test_the_command_line_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("{'input': 1}", "--test_input is no JSON: Expecting property name", id="single quotes"),
+        pytest.param("{'input': 1}", "--test_input is not valid JSON: Expecting property name", id="single quotes"),
         pytest.param("[]", "--test_input must be a JSON object with the key 'input'", id="list"),
         pytest.param('{"prompt": "a"}', "must be a JSON object with the key 'input'", id="no input"),
-        pytest.param("", "--test_input is no JSON", id="empty"),
+        pytest.param("", "--test_input is not valid JSON", id="empty"),
     ],
 )
 def test_mistakes(text: str, message: str) -> None:

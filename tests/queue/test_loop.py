@@ -230,7 +230,7 @@ def test_an_answer_that_is_cut_off_is_survived(server: StandinServer, kind: Any)
 def test_a_result_that_is_too_large_fails_in_words(server: StandinServer) -> None:
     job = submit(server, {"size": 21_000_000})
     assert finished(server, job) == [Status.FAILED]
-    assert "Ask for a stream, for fewer tokens" in job.error
+    assert "Use streaming, or ask for fewer tokens" in job.error
     server.platform.behaviour.faults["done"] = [Fault(status=413)]
     job = submit(server, {"size": 2_000_000})
     assert finished(server, job) == [Status.FAILED]

@@ -1,4 +1,4 @@
-"""Calls of scripted ASGI apps in this process, and of a real Starlette app."""
+"""Calls of ASGI apps in this process: of scripted apps, and of Starlette apps."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -9,7 +9,7 @@ from starlette.requests import Request as StarletteRequest
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from worker.request.asgi import App, IncompleteResponseError, Receive, Request, Send, exchange
+from worker.request.asgi import App, IncompleteResponseError, Receive, Request, Send, exchange, header, with_headers
 
 POST = Request("POST", "/echo", "a=1&b=2", {"content-type": "application/json"}, b'{"text": "hi"}')
 
@@ -45,21 +45,21 @@ def test_a_starlette_app_sees_an_ordinary_request() -> None:
     asyncio.run(run())
 
 
-def test_a_stream_is_read_as_it_comes() -> None:
-    go_on = asyncio.Event()
+def test_a_stream_is_read_while_it_is_produced() -> None:
+    is_read = asyncio.Event()
 
     async def app(_receive: Receive, send: Send) -> None:
         await start(send)
         await body(send, b"one ")
         await body(send, b"two")
-        await go_on.wait()
+        await is_read.wait()
         await body(send, b"three", more=False)
 
     async def run() -> None:
         async with exchange(scripted(app), POST) as response:
             assert response.is_event_stream
             assert await response.read() == b"one two"
-            go_on.set()
+            is_read.set()
             assert await response.read() == b"three"
             assert await response.read() == b""
 
@@ -67,26 +67,26 @@ def test_a_stream_is_read_as_it_comes() -> None:
 
 
 @pytest.mark.parametrize("streaming", [pytest.param(True, id="streaming"), pytest.param(False, id="not streaming")])
-def test_leaving_early_is_a_disconnect(streaming: bool) -> None:
-    told: list[str] = []
+def test_leaving_the_block_early_is_a_disconnect(streaming: bool) -> None:
+    received: list[str] = []
 
     async def app(receive: Receive, send: Send) -> None:
         if streaming:
             await start(send)
         assert (await receive())["body"] == POST.body
-        told.append((await receive())["type"])
+        received.append((await receive())["type"])
         await body(send, b"late")
 
     async def run() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05), exchange(scripted(app), POST) as response:
                 await response.read()
-        assert told == ["http.disconnect"]
+        assert received == ["http.disconnect"]
 
     asyncio.run(run())
 
 
-def test_starlette_closes_the_generator_of_a_stream_that_is_left() -> None:
+def test_starlette_closes_the_generator_of_a_stream_after_a_disconnect() -> None:
     closed = asyncio.Event()
 
     async def tokens() -> AsyncIterator[bytes]:
@@ -128,7 +128,7 @@ def test_an_app_that_ignores_the_disconnect_is_cancelled() -> None:
     asyncio.run(run())
 
 
-def test_an_app_that_fails_before_it_answers() -> None:
+def test_an_app_that_fails_before_its_response() -> None:
     async def app(_receive: Receive, _send: Send) -> None:
         raise LookupError("boom")
 
@@ -142,7 +142,7 @@ def test_an_app_that_fails_before_it_answers() -> None:
 
 
 @pytest.mark.parametrize("method", ["read", "read_all"])
-def test_an_app_that_fails_within_its_answer(method: str) -> None:
+def test_an_app_that_fails_during_its_response(method: str) -> None:
     async def app(_receive: Receive, send: Send) -> None:
         await start(send)
         await body(send, b"half")
@@ -155,3 +155,23 @@ def test_an_app_that_fails_within_its_answer(method: str) -> None:
 
     with pytest.raises(IncompleteResponseError):
         asyncio.run(run())
+
+
+def test_an_exception_after_a_complete_response_does_not_matter() -> None:
+    async def app(_receive: Receive, send: Send) -> None:
+        await start(send)
+        await body(send, b"whole", more=False)
+        raise LookupError("boom")
+
+    async def run() -> None:
+        async with exchange(scripted(app), POST) as response:
+            assert await response.read_all() == b"whole"
+
+    asyncio.run(run())
+
+
+def test_headers_are_replaced_and_added() -> None:
+    scope = with_headers(POST.scope(), {"content-type": "text/plain", "traceparent": "00-1"})
+    assert (header(scope, b"content-type"), header(scope, b"traceparent")) == (b"text/plain", b"00-1")
+    assert len(scope["headers"]) == 2
+    assert header(scope, b"authorization") == b""

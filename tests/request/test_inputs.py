@@ -1,4 +1,4 @@
-"""Every accepted shape of a job's input, and what is said of the others."""
+"""Every accepted shape of a job's input, and the errors for other inputs."""
 
 import base64
 from typing import Any
@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from worker.errors import InvalidRequestError, JobError, RouteNotFoundError
-from worker.request import inputs as jobs
-from worker.request.inputs import ApiCall
+from worker.request.inputs import ApiCall, JobInput
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
@@ -78,7 +77,7 @@ def text_part(text: str) -> dict[str, Any]:
         pytest.param(
             {"messages": MESSAGES, "sampling_params": {"temperature": 0, "max_tokens": 5}, "max_tokens": 7},
             chat(messages=MESSAGES, temperature=0, max_tokens=7),
-            id="sampling_params yield to fields beside them",
+            id="fields beside sampling_params win",
         ),
         pytest.param(
             {"prompt": "Once", "sampling_params": {"max_tokens": 5}},
@@ -130,7 +129,7 @@ def text_part(text: str) -> dict[str, Any]:
     ],
 )
 def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
-    assert jobs.parse(job_input) == call
+    assert JobInput(job_input).call() == call
 
 
 @pytest.mark.parametrize(
@@ -139,8 +138,10 @@ def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
         pytest.param(None, "must be a JSON object, not null", None, id="null"),
         pytest.param("Hello", "must be a JSON object, not a string", None, id="string"),
         pytest.param(["Hello"], "must be a JSON object, not a list", None, id="list"),
-        pytest.param({}, "has nothing, which fits no accepted shape. It must have one of 'messages'", None, id="empty"),
-        pytest.param({"text": "Hello"}, "has 'text', which fits no accepted shape", None, id="unknown key"),
+        pytest.param(
+            {}, "has no keys, which is not an accepted shape. It must have one of 'messages'", None, id="empty"
+        ),
+        pytest.param({"text": "Hello"}, "has 'text', which is not an accepted shape", None, id="unknown key"),
         pytest.param({"messages": "Hello"}, "Wrong field 'messages'", "messages", id="messages as text"),
         pytest.param({"messages": ["Hello"]}, "Wrong field 'messages[0]'", "messages[0]", id="message as text"),
         pytest.param({"prompt": 7}, "Wrong field 'prompt'", "prompt", id="prompt as number"),
@@ -149,11 +150,13 @@ def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
         ),
         pytest.param({"prompt": ["a"], "image": PNG}, "must be a string", "prompt", id="media beside token ids"),
         pytest.param({"prompt": "?", "image": "cat.png"}, "'image' is neither a URL", "image", id="file name"),
-        pytest.param({"prompt": "?", "images": [PNG, MP4]}, "holds video/mp4", "images[1]", id="video as image"),
-        pytest.param({"messages": MESSAGES, "image": PNG}, "'image' goes with 'prompt'", "image", id="misplaced image"),
+        pytest.param({"prompt": "?", "images": [PNG, MP4]}, "contains video/mp4", "images[1]", id="video as image"),
+        pytest.param(
+            {"messages": MESSAGES, "image": PNG}, "'image' belongs to 'prompt'", "image", id="misplaced image"
+        ),
         pytest.param(
             {"route": "/v1/models", "bdy": {}},
-            "Wrong field 'bdy' in the job's input: no such field; accepted are 'route', 'body', 'method'.",
+            "Wrong field 'bdy' in the job's input: unknown field; accepted are 'route', 'body', 'method'.",
             "bdy",
             id="misspelt field",
         ),
@@ -161,9 +164,9 @@ def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
         pytest.param({"openai_route": 7}, "Wrong field 'openai_route'", "openai_route", id="route as number"),
     ],
 )
-def test_refused(job_input: object, message: str, param: str | None) -> None:
+def test_rejected(job_input: object, message: str, param: str | None) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        jobs.parse(job_input)
+        JobInput(job_input).call()
     assert message in str(caught.value)
     assert caught.value.body()["error"] == {
         "message": str(caught.value),
@@ -173,9 +176,9 @@ def test_refused(job_input: object, message: str, param: str | None) -> None:
     }
 
 
-def test_a_refusal_does_not_repeat_the_prompt() -> None:
+def test_an_error_does_not_repeat_the_prompt() -> None:
     with pytest.raises(JobError) as caught:
-        jobs.parse({"prompt": {"text": "my secret"}})
+        JobInput({"prompt": {"text": "my secret"}}).call()
     assert "my secret" not in str(caught.value)
 
 
@@ -194,15 +197,15 @@ CONTROL_ROUTES = [
 
 @pytest.mark.parametrize("route", CONTROL_ROUTES)
 @pytest.mark.parametrize("key", ["route", "openai_route"])
-def test_control_routes_are_not_there(route: str, key: str) -> None:
+def test_control_routes_are_not_offered(route: str, key: str) -> None:
     with pytest.raises(RouteNotFoundError, match="/v1/chat/completions") as caught:
-        jobs.parse({key: route})
+        JobInput({key: route}).call()
     assert caught.value.body()["error"]["code"] == 404
 
 
-def test_control_routes_can_be_switched_on() -> None:
+def test_control_routes_can_be_allowed() -> None:
     body = {"lora_name": "a", "lora_path": "b"}
-    call = jobs.parse({"route": "/v1/load_lora_adapter", "body": body}, control_routes=True)
+    call = JobInput({"route": "/v1/load_lora_adapter", "body": body}).call(control_routes=True)
     assert call == ApiCall("POST", "/v1/load_lora_adapter", "", body)
 
 
@@ -213,15 +216,15 @@ def test_control_routes_can_be_switched_on() -> None:
         pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": False}}, None, id="openai, not streaming"),
         pytest.param({"openai_route": "/v1/x"}, None, id="openai, no body"),
         pytest.param({"route": "/v1/x", "body": {"stream": True}}, "objects", id="route"),
-        pytest.param({"messages": 7, "stream": True}, "objects", id="messages, also wrong ones"),
+        pytest.param({"messages": 7, "stream": True}, "objects", id="invalid messages"),
         pytest.param({"prompt": "a"}, None, id="prompt"),
         pytest.param({"prompt": "a", "sampling_params": {"stream": True}}, "objects", id="sampling_params"),
-        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": "true"}}, "sse", id="text that means true"),
-        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": 1}}, "sse", id="number that means true"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": "true"}}, "sse", id="text for true"),
+        pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": 1}}, "sse", id="number for true"),
         pytest.param({"prompt": "a", "stream": None}, None, id="null"),
-        pytest.param({"prompt": "a", "stream": "perhaps"}, None, id="neither"),
-        pytest.param("text", None, id="no object"),
+        pytest.param({"prompt": "a", "stream": "perhaps"}, None, id="text that is not a boolean"),
+        pytest.param("text", None, id="not an object"),
     ],
 )
 def test_stream_form(job_input: object, form: str | None) -> None:
-    assert jobs.stream_form(job_input) == form
+    assert JobInput(job_input).stream_form == form

@@ -1,8 +1,8 @@
-"""Which paths are of which route."""
+"""The routes of paths, their methods, and their labels in metrics."""
 
 import pytest
 
-from worker.request.routes import method_of, route_of
+from worker.request.routes import label_of, method_of, route_of
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,17 @@ from worker.request.routes import method_of, route_of
 )
 def test_routes(path: str, route: str | None, method: str | None) -> None:
     assert (route_of(path), method_of(path)) == (route, method)
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        pytest.param("/v1/responses/resp_1/cancel", "/v1/responses/{id}/cancel", id="inference route"),
+        pytest.param("/metrics", "/metrics", id="own route"),
+        pytest.param("/v1/load_lora_adapter", "control", id="control route"),
+        pytest.param("/../etc/passwd", "control", id="no route"),
+        pytest.param("", "control", id="empty"),
+    ],
+)
+def test_labels_are_out_of_a_bounded_set(path: str, label: str) -> None:
+    assert label_of(path) == label

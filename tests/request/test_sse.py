@@ -1,16 +1,23 @@
-"""The event splitter and the batches, on any chunking of any stream."""
+"""Server-sent events: split, batched, as text, parsed. Most tests are properties of generated streams."""
 
 import itertools
 import json
+from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.request import sse
 
-texts = st.text(st.characters(codec="utf-8"), max_size=40)
-streams = st.lists(texts.map(sse.event), max_size=20)
+strings = st.text(st.characters(codec="utf-8"), max_size=40)
+names = st.sampled_from([None, "error"])
+line_ends = st.sampled_from([b"\n", b"\r\n"])
+single_events = st.builds(
+    lambda value, name, end: sse.event(value, name).replace(b"\n", end), strings, names, line_ends
+)
+streams = st.lists(single_events, max_size=20)
+no_deadline = settings(deadline=None)
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -18,25 +25,63 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
     return [data[start:end] for start, end in itertools.pairwise(borders)]
 
 
+def posted_size(text: str) -> int:
+    """Return the bytes of a text in the body of a post."""
+    return len(json.dumps(text, ensure_ascii=False)[1:-1].encode())
+
+
+def ends(parts: Iterable[bytes | str]) -> set[int]:
+    """Return the positions at which the parts end in the whole."""
+    return set(itertools.accumulate(map(len, parts)))
+
+
+@no_deadline
 @given(streams, st.lists(st.integers(min_value=0)))
-def test_events_survive_any_chunking(events: list[bytes], places: list[int]) -> None:
-    splitter = sse.EventSplitter()
-    seen = [event for chunk in cut(b"".join(events), places) for event in splitter.feed(chunk)]
-    assert seen == events
-    assert splitter.flush() == []
+def test_any_cutting_of_a_stream_gives_the_same_events(events: list[bytes], places: list[int]) -> None:
+    buffer = sse.EventBuffer()
+    pieces = cut(b"".join(events), places)
+    assert [event for piece in pieces for event in sse.split(buffer.feed(piece))] == events
+    assert buffer.flush() == b""
 
 
+@no_deadline
 @given(streams, st.integers(min_value=1, max_value=200))
 def test_batches_keep_order_bytes_and_size(events: list[bytes], limit: int) -> None:
-    batches = list(sse.batches(events, limit))
-    assert [event for batch in batches for event in batch] == events
+    batches = list(sse.batches(b"".join(events), limit))
+    assert [event for batch in batches for event in sse.split(batch)] == events
     for batch in batches:
-        posted = json.dumps(b"".join(batch).decode(), ensure_ascii=False)[1:-1].encode()
-        assert len(batch) == 1 or len(posted) <= limit
+        assert batch in events or posted_size(batch.decode()) <= limit
 
 
-@given(texts)
-def test_payload_is_what_event_was_made_of(text: str) -> None:
+@no_deadline
+@given(streams, st.integers(min_value=sse.CHARACTER_BYTES, max_value=200))
+def test_texts_keep_order_characters_and_size(events: list[bytes], limit: int) -> None:
+    texts = list(sse.texts(b"".join(events), limit))
+    assert "".join(texts) == b"".join(events).decode()
+    assert all(posted_size(text) <= limit for text in texts)
+
+
+@no_deadline
+@given(streams, st.integers(min_value=sse.CHARACTER_BYTES, max_value=200))
+def test_texts_are_cut_between_events_unless_an_event_is_too_large(events: list[bytes], limit: int) -> None:
+    decoded = [event.decode() for event in events]
+    borders, start = {0}, 0
+    for event in decoded:
+        end = start + len(event)
+        borders |= {end} if posted_size(event) <= limit else set(range(start, end + 1))
+        start = end
+    assert ends(sse.texts(b"".join(events), limit)) <= borders
+
+
+@no_deadline
+@given(streams)
+def test_events_that_fit_are_one_text(events: list[bytes]) -> None:
+    assert len(list(sse.texts(b"".join(events)))) == bool(events)
+
+
+@no_deadline
+@given(strings)
+def test_the_payload_of_an_event_is_the_value_that_it_was_made_of(text: str) -> None:
     assert sse.payload(sse.event({"text": text})) == {"text": text}
 
 
@@ -55,11 +100,11 @@ def test_payload(event: bytes, payload: object) -> None:
     assert sse.payload(event) == payload
 
 
-def test_a_stream_that_ends_without_its_blank_line_loses_nothing() -> None:
-    splitter = sse.EventSplitter()
-    assert splitter.feed(b"data: 1\n\ndata: 2") == [b"data: 1\n\n"]
-    assert splitter.flush() == [b"data: 2"]
-    assert splitter.flush() == []
+def test_a_stream_that_ends_without_a_blank_line_loses_nothing() -> None:
+    buffer = sse.EventBuffer()
+    assert buffer.feed(b"data: 1\n\ndata: 2") == b"data: 1\n\n"
+    assert buffer.flush() == b"data: 2"
+    assert buffer.flush() == b""
 
 
 def test_an_event_can_have_a_name() -> None:
@@ -75,13 +120,14 @@ def test_characters_outside_ascii_are_not_escaped() -> None:
     ("part", "status"),
     [
         pytest.param(b'data: {"choices": []}\n\n', None, id="no error"),
+        pytest.param(b": ping\n\n", None, id="comment"),
         pytest.param(b'data: {"error": {"code": 404}}\n\n', 404, id="OpenAI"),
-        pytest.param(b'data: {"error": {"code": 404}}\n\ndata: [DONE]\n\n', 404, id="with the end"),
+        pytest.param(b'data: {"error": {"code": 404}}\n\ndata: [DONE]\n\n', 404, id="with [DONE]"),
         pytest.param(b'event: error\ndata: {"type": "error", "error": {"type": "x"}}\n\n', 500, id="Anthropic"),
         pytest.param(b'event: response.failed\ndata: {"response": {}}\n\n', 500, id="responses"),
         pytest.param(b'data: {"error": {"co', 500, id="cut"),
-        pytest.param(b"", None, id="nothing"),
+        pytest.param(b"", None, id="empty"),
     ],
 )
-def test_the_status_of_an_error_within_a_stream(part: bytes, status: int | None) -> None:
-    assert sse.status_of([b": ping\n\n", part]) == status
+def test_the_status_of_an_error_in_a_stream(part: bytes, status: int | None) -> None:
+    assert sse.error_status(part) == status

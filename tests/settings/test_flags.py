@@ -1,4 +1,4 @@
-"""Variables become a parser's arguments."""
+"""Variables become command line arguments."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """Return a parser with one flag of each kind that vLLM's has."""
+    """Return a parser with one flag of each kind in vLLM's parser."""
     built = Parser()
     built.add_argument("model_tag", nargs="?")
     built.add_argument("--model")
@@ -65,26 +65,26 @@ def parsed(environ: dict[str, str]) -> dict[str, Any]:
         pytest.param("LIMIT_MM_PER_PROMPT", '{"image": 2}', {"limit_mm_per_prompt": {"image": 2}}, id="JSON"),
         pytest.param("TENSOR_PARALLEL_SIZE", "2", {"tensor_parallel_size": 2}, id="flag with a short form"),
         pytest.param("VLLM_EXTRA_ARGS", "--dtype half -tp 4", {"dtype": "half", "tensor_parallel_size": 4}, id="extra"),
-        pytest.param("PORT", "80", {}, id="not the engine's business"),
-        pytest.param("HF_TOKEN", "secret", {}, id="never an argument"),
-        pytest.param("MODEL", "other", {}, id="MODEL_NAME alone names the model"),
+        pytest.param("PORT", "80", {}, id="flag that the worker replaces"),
+        pytest.param("HF_TOKEN", "secret", {}, id="secret"),
+        pytest.param("MODEL", "other", {}, id="only MODEL_NAME sets the model"),
     ],
 )
 def test_a_flag_from_its_variable(variable: str, value: str, result: dict[str, Any]) -> None:
     assert parsed({variable: value}) == result
 
 
-def test_off_is_passed_on_where_the_flag_can_say_it() -> None:
+def test_false_is_passed_on_if_the_flag_has_a_negative_form() -> None:
     environ = {"ENFORCE_EAGER": "false"}
     assert flags.arguments(environ, parser()) == ["--no-enforce-eager"]
 
 
-def test_extra_arguments_win() -> None:
+def test_extra_arguments_override_variables() -> None:
     environ = {"GPU_MEMORY_UTILIZATION": "0.6", "DTYPE": "auto", "VLLM_EXTRA_ARGS": "--dtype half"}
     assert parsed(environ) == {"gpu_memory_utilization": 0.6, "dtype": "half"}
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     environ = {"MAX_MODEL_LEN": "long", "DTYPE": "bf17", "ENFORCE_EAGER": "maybe", "LIMIT_MM_PER_PROMPT": "{image: 2}"}
     with pytest.raises(ConfigurationError) as caught:
         parsed(environ)
@@ -97,11 +97,16 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert lines[3].endswith("expected JSON")
 
 
-def test_a_list_that_is_no_json_is_a_mistake() -> None:
+def test_a_list_that_is_not_json_is_a_mistake() -> None:
     with pytest.raises(ConfigurationError, match="SERVED_MODEL_NAME"):
         parsed({"SERVED_MODEL_NAME": "[a, b"})
 
 
-def test_extra_arguments_that_no_shell_would_read_are_a_mistake() -> None:
+def test_extra_arguments_with_an_open_quotation_are_a_mistake() -> None:
     with pytest.raises(ConfigurationError, match="VLLM_EXTRA_ARGS: No closing quotation"):
         parsed({"VLLM_EXTRA_ARGS": "--dtype 'half"})
+
+
+def test_a_mistake_names_the_source_of_the_variable() -> None:
+    with pytest.raises(ConfigurationError, match=r"DTYPE \(file\)='bf17'"):
+        flags.arguments({"DTYPE": "bf17"}, parser(), described="{} (file)".format)

@@ -1,64 +1,109 @@
-"""What has been said becomes settings."""
+"""The worker's own settings: values, defaults, mistakes and secrets."""
+
+from pathlib import Path
 
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.settings import settings as config
+from worker.settings import read, read_or_report
 from worker.settings.sources import DEFAULT_MODEL
 
 
 def test_the_workers_own_settings() -> None:
-    settings = config.load({"MODEL_NAME": "org/model", "MAX_CONCURRENCY": "30", "ALLOW_CONTROL_ROUTES": "on"})
+    settings = read({"MODEL_NAME": "org/model", "MAX_CONCURRENCY": "30", "ALLOW_CONTROL_ROUTES": "on"})
     assert (settings.model_name, settings.max_concurrency, settings.allow_control_routes) == ("org/model", 30, True)
-    assert config.load({}).model_name == DEFAULT_MODEL
-    assert config.load({"MODEL_NAME": ""}).model_name == DEFAULT_MODEL
+    assert read({}).model_name == DEFAULT_MODEL
+    assert read({"MODEL_NAME": ""}).model_name == DEFAULT_MODEL
 
 
 def test_mistakes_in_the_workers_own_settings() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        config.load({"MAX_CONCURRENCY": "0", "ALLOW_CONTROL_ROUTES": "perhaps", "LOG_LEVEL": "loud"})
+        read({"MAX_CONCURRENCY": "0", "ALLOW_CONTROL_ROUTES": "perhaps", "LOG_LEVEL": "loud"})
     lines = str(caught.value).splitlines()
     assert [line.partition("=")[0] for line in lines] == ["MAX_CONCURRENCY", "ALLOW_CONTROL_ROUTES", "LOG_LEVEL"]
 
 
+def test_a_mistake_names_the_file_that_it_is_in(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max-concurrency: many\n")
+    with pytest.raises(ConfigurationError, match=r"MAX_CONCURRENCY \(config.yaml\)='many': "):
+        read({"VLLM_CONFIG_FILE": str(file)})
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param({"MAX_CONCURRENCY": "many"}, id="wrong value"),
+        pytest.param({"PRESET": "gpt"}, id="unknown preset"),
+        pytest.param({"VLLM_CONFIG_FILE": "/missing.yaml"}, id="missing file"),
+    ],
+)
+def test_the_settings_for_reporting_a_mistake_are_read_without_the_others(mistake: dict[str, str]) -> None:
+    environ = {"MODEL_NAME": "org/model", "WORKER_API_KEY": "a", "PORT": "9000", "LOG_PROMPTS": "true", **mistake}
+    settings, error = read_or_report(environ)
+    assert isinstance(error, ConfigurationError)
+    assert (settings.model_name, settings.worker_api_key, settings.ports) == ("org/model", ("a",), (9000,))
+    assert not settings.log_prompts
+
+
+def test_settings_without_mistakes_are_read_without_an_error() -> None:
+    settings, error = read_or_report({"MAX_CONCURRENCY": "3"})
+    assert (settings.max_concurrency, error) == (3, None)
+
+
+def test_a_mistake_cannot_be_reported_if_the_settings_for_reporting_it_are_wrong_too() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        read_or_report({"MAX_CONCURRENCY": "many", "PORT": "high"})
+    assert [line.partition("=")[0] for line in str(caught.value).splitlines()] == ["MAX_CONCURRENCY", "PORT"]
+
+
 def test_the_token_is_not_shown() -> None:
-    assert "hf_secret" not in repr(config.load({"HF_TOKEN": "hf_secret"}))
+    assert "hf_secret" not in repr(read({"HF_TOKEN": "hf_secret"}))
 
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        config.load({}).model_name = "other"
-
-
-def test_the_users_word_on_a_library_counts() -> None:
-    defaults = config.library_defaults({"RUNPOD_LOG_LEVEL": "DEBUG"})
-    assert "RUNPOD_LOG_LEVEL" not in defaults
-    assert defaults["RUNPOD_SKIP_GPU_CHECK"] == "true"
+        read({}).model_name = "other"
 
 
 @pytest.mark.parametrize(
-    ("environ", "mode", "port"),
+    ("environ", "mode", "ports"),
     [
-        pytest.param({}, "local", 8000, id="nothing"),
-        pytest.param({"PORT": "9000"}, "http", 9000, id="port"),
-        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?"}, "queue", 8000, id="the platform's queue"),
-        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "PORT": "1"}, "queue", 1, id="queue and port"),
-        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "WORKER_MODE": "HTTP"}, "http", 8000, id="told"),
-        pytest.param({"RUNPOD_POD_ID": "p", "WORKER_MODE": "http"}, "http", 80, id="on RunPod"),
+        pytest.param({}, "local", (), id="nothing"),
+        pytest.param({"PORT": "9000"}, "http", (9000,), id="port"),
+        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?"}, "queue", (), id="RunPod's queue"),
+        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "PORT": "1"}, "queue", (), id="queue and port"),
+        pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "WORKER_MODE": "HTTP"}, "http", (8000,), id="WORKER_MODE"),
+        pytest.param({"RUNPOD_POD_ID": "p", "WORKER_MODE": "http"}, "http", (80,), id="on RunPod"),
+        pytest.param({"PORT": "9000", "WORKER_MODE": "local"}, "local", (), id="local in spite of a port"),
+        pytest.param({"WORKER_MODE": "queue", "METRICS_PORT": "9"}, "queue", (9,), id="queue with metrics"),
+        pytest.param({"PORT": "1", "PORT_HEALTH": "2", "METRICS_PORT": "1"}, "http", (1, 2), id="the same port twice"),
     ],
 )
-def test_modes(environ: dict[str, str], mode: str, port: int) -> None:
-    settings = config.load(environ)
-    assert (settings.mode, settings.http_port) == (mode, port)
+def test_mode_and_ports(environ: dict[str, str], mode: str, ports: tuple[int, ...]) -> None:
+    settings = read(environ)
+    assert (settings.mode, settings.ports) == (mode, ports)
+
+
+@pytest.mark.parametrize(
+    ("environ", "seconds"),
+    [
+        pytest.param({"WORKER_MODE": "queue"}, 2.5, id="queue"),
+        pytest.param({"WORKER_MODE": "http"}, 30.0, id="HTTP"),
+        pytest.param({"WORKER_MODE": "http", "DRAIN_SECONDS": "0"}, 0.0, id="DRAIN_SECONDS"),
+    ],
+)
+def test_the_time_for_running_requests_at_a_stop(environ: dict[str, str], seconds: float) -> None:
+    assert read(environ).grace == seconds
 
 
 def test_keys_are_separated_by_commas() -> None:
-    assert config.load({"WORKER_API_KEY": " a, b,,"}).worker_api_key == ("a", "b")
+    assert read({"WORKER_API_KEY": " a, b,,"}).worker_api_key == ("a", "b")
 
 
-def test_no_secret_is_public() -> None:
+def test_secrets_are_not_public() -> None:
     environ = {"HF_TOKEN": "s3cret", "WORKER_API_KEY": "s3cret", "VLLM_EXTRA_ARGS": "--api-key s3cret"}
-    public = config.load({**environ, "RUNPOD_WEBHOOK_GET_JOB": "http://s3cret?", "PORT": "1"}).public()
+    public = read({**environ, "RUNPOD_WEBHOOK_GET_JOB": "http://s3cret?", "PORT": "1"}).public()
     assert "s3cret" not in str(public)
     assert (public["hf_token"], public["port"]) == ("***", 1)
 
@@ -66,26 +111,16 @@ def test_no_secret_is_public() -> None:
 @pytest.mark.parametrize(
     ("protocol", "endpoint"), [("grpc", "http://c:4317/"), ("http/protobuf", "http://c:4317/v1/traces")]
 )
-def test_traces_go_where_opentelemetry_says(protocol: str, endpoint: str) -> None:
+def test_the_endpoint_for_traces_depends_on_the_protocol(protocol: str, endpoint: str) -> None:
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317/", "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
-    assert config.load(environ).otlp_traces_endpoint == endpoint
-    assert config.library_defaults(environ)["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == protocol
+    assert read(environ).otlp_traces_endpoint == endpoint
 
 
-def test_a_list_of_nothing_is_a_mistake() -> None:
+def test_an_empty_list_is_a_mistake() -> None:
     with pytest.raises(ConfigurationError, match=r"WORKER_API_KEY=',': .*expected one or more, separated by commas"):
-        config.load({"WORKER_API_KEY": ","})
+        read({"WORKER_API_KEY": ","})
 
 
 def test_the_password_of_a_url_is_not_public() -> None:
-    public = config.load({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:pass@host/"}).public()
+    public = read({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:pass@host/"}).public()
     assert public["otel_exporter_otlp_endpoint"] == "https://***@host/"
-
-
-def test_a_token_in_a_file_reaches_the_hubs_library() -> None:
-    assert config.library_defaults({"HF_TOKEN": "t"})["HF_TOKEN"] == "t"
-
-
-@pytest.mark.parametrize(("sleep", "segments"), [("true", False), ("", True)])
-def test_memory_has_segments_that_grow_unless_the_model_may_sleep(sleep: str, segments: bool) -> None:
-    assert ("PYTORCH_ALLOC_CONF" in config.library_defaults({"ENABLE_SLEEP_MODE": sleep})) is segments

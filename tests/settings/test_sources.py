@@ -1,4 +1,4 @@
-"""Who said what: the environment, a file, an older worker's names, a preset."""
+"""Variables from the environment, a file, older names and presets: which source wins, and which warnings appear."""
 
 import json
 from pathlib import Path
@@ -6,59 +6,59 @@ from pathlib import Path
 import pytest
 
 from worker.errors import ConfigurationError
-from worker.settings import settings as config
-from worker.settings import sources
-from worker.settings.sources import gather, near_misses
+from worker.settings import read, sources
+from worker.settings.sources import collect, near_misses
 
 
 def test_the_environment_comes_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: Qwen/Qwen2-VL-7B-Instruct\nmax-num-seqs: 4\nmax_model_len: 1024\nenforce-eager: true\n")
-    said = gather({"VLLM_CONFIG_FILE": str(file), "MAX_MODEL_LEN": "512"})
-    told = {name: (said.values[name], said.origins[name]) for name in said.origins}
-    assert told["MODEL_NAME"] == ("Qwen/Qwen2-VL-7B-Instruct", "config.yaml")
-    assert told["MAX_MODEL_LEN"] == ("512", "environment")
-    assert told["MAX_NUM_SEQS"] == ("4", "config.yaml")
-    assert told["ENFORCE_EAGER"] == ("true", "config.yaml")
-    assert told["MAX_NUM_BATCHED_TOKENS"] == ("10240", "preset qwen2-vl-7b")
-    assert said.told("MAX_NUM_SEQS") == "MAX_NUM_SEQS (config.yaml)"
+    variables = collect({"VLLM_CONFIG_FILE": str(file), "MAX_MODEL_LEN": "512"})
+    sourced = {name: (variables.values[name], variables.origins[name]) for name in variables.origins}
+    assert sourced["MODEL_NAME"] == ("Qwen/Qwen2-VL-7B-Instruct", "config.yaml")
+    assert sourced["MAX_MODEL_LEN"] == ("512", "environment")
+    assert sourced["MAX_NUM_SEQS"] == ("4", "config.yaml")
+    assert sourced["ENFORCE_EAGER"] == ("true", "config.yaml")
+    assert sourced["MAX_NUM_BATCHED_TOKENS"] == ("10240", "preset qwen2-vl-7b")
+    assert variables.described("MAX_NUM_SEQS") == "MAX_NUM_SEQS (config.yaml)"
 
 
 def test_an_old_name_in_the_environment_comes_before_a_new_one_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("gpu-memory-utilization: 0.9\nmodel: org/m\napi-key: [a, b]\nrevision: 2024-01-01\n")
-    said = gather({"VLLM_CONFIG_FILE": str(file), "GPU_MEMORY_UTIL": "0.5", "MODEL": "somebody else's"})
-    assert (said.values["GPU_MEMORY_UTILIZATION"], said.values["MODEL_NAME"]) == ("0.5", "org/m")
-    assert config.load(said.values).worker_api_key == ("a", "b")
-    assert said.values["MODEL_REVISION"] == '"2024-01-01"'
+    environ = {"VLLM_CONFIG_FILE": str(file), "GPU_MEMORY_UTIL": "0.5", "MODEL": "another program's"}
+    values = collect(environ).values
+    assert (values["GPU_MEMORY_UTILIZATION"], values["MODEL_NAME"]) == ("0.5", "org/m")
+    assert read(environ).worker_api_key == ("a", "b")
+    assert values["MODEL_REVISION"] == '"2024-01-01"'
 
 
-def test_lists_and_objects_of_a_file_are_json(tmp_path: Path) -> None:
+def test_lists_and_objects_in_a_file_become_json(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("served-model-name: [a, b]\nlimit-mm-per-prompt: {image: 2}\nseed: null\n")
-    said = gather({"VLLM_CONFIG_FILE": str(file)}).values
-    assert json.loads(said["SERVED_MODEL_NAME"]) == ["a", "b"]
-    assert json.loads(said["LIMIT_MM_PER_PROMPT"]) == {"image": 2}
-    assert "SEED" not in said
+    values = collect({"VLLM_CONFIG_FILE": str(file)}).values
+    assert json.loads(values["SERVED_MODEL_NAME"]) == ["a", "b"]
+    assert json.loads(values["LIMIT_MM_PER_PROMPT"]) == {"image": 2}
+    assert "SEED" not in values
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "no valid YAML in line"), ("- a", "expected keys and values"), (None, "No such file")],
+    [("a: [", "invalid YAML in line"), ("- a", "expected keys and values"), (None, "No such file")],
 )
-def test_a_file_that_is_wrong(tmp_path: Path, text: str | None, message: str) -> None:
+def test_an_invalid_file(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "config.yaml"
     if text is not None:
         file.write_text(text)
     with pytest.raises(ConfigurationError, match=message):
-        gather({"VLLM_CONFIG_FILE": str(file)})
+        collect({"VLLM_CONFIG_FILE": str(file)})
 
 
 def test_the_default_model_has_its_preset() -> None:
-    said = gather({})
-    assert said.values["MODEL_NAME"] == config.load({}).model_name == "Qwen/Qwen2-VL-7B-Instruct"
-    assert said.values["MAX_MODEL_LEN"] == "32768"
-    assert said.values["IMAGE_LIMIT"] == "5"
+    values = collect({}).values
+    assert values["MODEL_NAME"] == read({}).model_name == "Qwen/Qwen2-VL-7B-Instruct"
+    assert values["MAX_MODEL_LEN"] == "32768"
+    assert values["IMAGE_LIMIT"] == "5"
 
 
 @pytest.mark.parametrize(
@@ -79,27 +79,28 @@ def test_the_default_model_has_its_preset() -> None:
         ({"PRESET": "none"}, None),
     ],
 )
-def test_which_preset(environ: dict[str, str], name: str | None) -> None:
-    origins = {origin for origin in gather(environ).origins.values() if origin.startswith("preset")}
+def test_the_preset_of_a_model(environ: dict[str, str], name: str | None) -> None:
+    origins = {origin for origin in collect(environ).origins.values() if origin.startswith("preset")}
     assert origins == ({f"preset {name}"} if name else set())
 
 
-def test_a_preset_that_there_is_not() -> None:
+def test_an_unknown_preset() -> None:
     with pytest.raises(ConfigurationError, match="PRESET='gpt': no such preset; expected auto, none, or one of"):
-        gather({"PRESET": "gpt"})
+        collect({"PRESET": "gpt"})
 
 
 def test_names_of_older_workers() -> None:
-    said = gather({"GPU_MEMORY_UTIL": "0.5", "VLLM_API_KEY": "k", "REVISION": "v1", "MODEL": "somebody else's"})
-    assert said.values["GPU_MEMORY_UTILIZATION"] == "0.5"
-    assert said.values["WORKER_API_KEY"] == "k"
-    assert said.values["MODEL_REVISION"] == "v1"
-    assert said.values["MODEL_NAME"] == sources.DEFAULT_MODEL
-    assert gather({"GPU_MEMORY_UTIL": "0.5", "GPU_MEMORY_UTILIZATION": "0.6"}).values["GPU_MEMORY_UTILIZATION"] == "0.6"
+    environ = {"GPU_MEMORY_UTIL": "0.5", "VLLM_API_KEY": "k", "REVISION": "v1", "MODEL": "another program's"}
+    values = collect(environ).values
+    assert values["GPU_MEMORY_UTILIZATION"] == "0.5"
+    assert values["WORKER_API_KEY"] == "k"
+    assert values["MODEL_REVISION"] == "v1"
+    assert values["MODEL_NAME"] == sources.DEFAULT_MODEL
+    assert collect({**environ, "GPU_MEMORY_UTILIZATION": "0.6"}).values["GPU_MEMORY_UTILIZATION"] == "0.6"
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "became"),
+    ("name", "value", "replacement"),
     [
         ("GUIDED_DECODING_BACKEND", "outlines", {"STRUCTURED_OUTPUTS_CONFIG": '{"backend": "outlines"}'}),
         ("TASK", "embed", {"RUNNER": "pooling", "CONVERT": "embed"}),
@@ -108,35 +109,35 @@ def test_names_of_older_workers() -> None:
         ("LIMIT_MM_PER_PROMPT", "image=2,video=1", {"LIMIT_MM_PER_PROMPT": '{"image": 2, "video": 1}'}),
     ],
 )
-def test_settings_that_have_become_others(name: str, value: str, became: dict[str, str]) -> None:
-    said = gather({name: value})
-    assert {new: said.values[new] for new in became} == became
-    assert name in became or any(name in warning for warning in said.warnings)
+def test_old_settings_are_replaced(name: str, value: str, replacement: dict[str, str]) -> None:
+    variables = collect({name: value})
+    assert {new: variables.values[new] for new in replacement} == replacement
+    assert name in replacement or any(name in warning for warning in variables.warnings)
 
 
 @pytest.mark.parametrize("name", ["SWAP_SPACE", "DEFAULT_BATCH_SIZE", "ROPE_SCALING", "MAX_CONTEXT_LEN_TO_CAPTURE"])
-def test_settings_without_effect_are_named(name: str) -> None:
-    assert any(warning.startswith(f"{name} has no effect") for warning in gather({name: "1"}).warnings)
+def test_old_settings_without_effect_cause_a_warning(name: str) -> None:
+    assert any(warning.startswith(f"{name} has no effect") for warning in collect({name: "1"}).warnings)
 
 
-def test_what_cannot_be_translated_is_named() -> None:
-    assert "has no effect" in str(gather({"TASK": "no task"}).warnings)
+def test_a_value_without_a_replacement_causes_a_warning() -> None:
+    assert "has no effect" in str(collect({"TASK": "no task"}).warnings)
 
 
-def test_near_misses_are_named_with_what_was_probably_meant() -> None:
+def test_near_misses_are_reported_with_the_likely_name() -> None:
     known = {"MAX_MODEL_LEN", "TENSOR_PARALLEL_SIZE", "MODEL_NAME"}
     environ = {"MAX_MODEL_LENGTH": "1", "TENSOR_PARALEL_SIZE": "2", "MODEL_NAME": "org/m", "PATH": "/", "HOSTNAME": "h"}
-    assert near_misses(gather(environ | {"HF_MODEL_NAME": "x"}), known) == [
-        "MAX_MODEL_LENGTH is no setting. Is MAX_MODEL_LEN meant?",
-        "TENSOR_PARALEL_SIZE is no setting. Is TENSOR_PARALLEL_SIZE meant?",
+    assert near_misses(collect(environ | {"HF_MODEL_NAME": "x"}), known) == [
+        "MAX_MODEL_LENGTH is not a setting. Did you mean MAX_MODEL_LEN?",
+        "TENSOR_PARALEL_SIZE is not a setting. Did you mean TENSOR_PARALLEL_SIZE?",
     ]
 
 
 def test_values_are_not_shown() -> None:
-    assert "s3cret" not in repr(gather({"HF_TOKEN": "s3cret"}))
+    assert "s3cret" not in repr(collect({"HF_TOKEN": "s3cret"}))
 
 
-def test_what_a_cluster_sets_counts_where_a_cluster_is_meant() -> None:
+def test_variables_of_a_cluster_count_only_if_nnodes_is_set() -> None:
     cluster = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
-    assert not cluster.keys() & gather(cluster).values.keys()
-    assert gather({**cluster, "NNODES": "2"}).values["NODE_RANK"] == "1"
+    assert not cluster.keys() & collect(cluster).values.keys()
+    assert collect({**cluster, "NNODES": "2"}).values["NODE_RANK"] == "1"

@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector for OTLP over HTTP, in the test's process."""
+"""An OpenTelemetry collector (OTLP over HTTP) in the test's process."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +10,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """Keeps every span that it is sent, within a `with` block."""
+    """Keeps all spans that it receives. Runs within a `with` block."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -18,8 +18,13 @@ class Collector:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+    def environment(self) -> dict[str, str]:
+        """The variables that make a worker send its spans here."""
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
+        }
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -37,11 +42,12 @@ def _handler(spans: list[Span]) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             request = ExportTraceServiceRequest.FromString(body)
-            spans.extend(span for one in request.resource_spans for scope in one.scope_spans for span in scope.spans)
+            scopes = (scope for resource in request.resource_spans for scope in resource.scope_spans)
+            spans.extend(span for scope in scopes for span in scope.spans)
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, *args: object) -> None:
-            """Say nothing."""
+            """Do not log requests."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""A server behind links: pictures, films, and everything that a server may do to whoever fetches from it."""
+"""An HTTP server for media links: images, videos, and the ways in which a server can misbehave."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from tests.support import media
 
 
 class Server(ThreadingHTTPServer):
-    """Answers by path and remembers every request."""
+    """Records the path of every request and the headers of the last one."""
 
     daemon_threads = True
 
@@ -33,26 +33,28 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    """The first segment of the path, such as `/slow/0.5`, selects the behaviour and the rest is its argument."""
+
     server: Server
 
     def do_GET(self) -> None:
         self.server.hits.append(self.path)
         self.server.headers = {name.lower(): value for name, value in self.headers.items()}
-        kind, _, rest = self.path.partition("?")[0][1:].partition("/")
-        match kind:
+        behaviour, _, argument = self.path.partition("?")[0][1:].partition("/")
+        match behaviour:
             case "picture":
-                self._answer(200, media.picture(rest))
+                self._answer(200, media.picture(argument))
             case "film":
-                first, _, last = rest.partition("-")
+                first, _, last = argument.partition("-")
                 self._answer(200, media.film(first, last))
             case "status":
-                self._answer(int(rest))
+                self._answer(int(argument))
             case "redirect":
-                self._answer(302, location=rest)
+                self._answer(302, location=argument)
             case "loop":
                 self._answer(301, location=self.path)
             case "slow":
-                time.sleep(float(rest))
+                time.sleep(float(argument))
                 self._answer(200, media.picture("red"))
             case "drip":
                 self.send_response(200)
@@ -81,10 +83,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Do not log."""
 
     def handle(self) -> None:
         try:
             super().handle()
         except OSError:
-            """The client has left."""
+            """The client closed the connection."""

@@ -1,4 +1,4 @@
-"""Where the embedded model is, and the worker's settings for it."""
+"""The path of the embedded model and the worker's settings for it."""
 
 import shlex
 from pathlib import Path

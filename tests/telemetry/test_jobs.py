@@ -1,4 +1,4 @@
-"""What is told of a job, and that the exposition is one that Prometheus takes."""
+"""The log line and the metrics of a job. The metrics are read with Prometheus' own parser."""
 
 import logging
 import time
@@ -11,12 +11,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from worker.telemetry.jobs import Telemetry, outcome_of
-from worker.telemetry.usage import Meter
+from worker.telemetry.usage import Fetch, Usage, current_usage
 
 
 @dataclass(frozen=True)
 class Request:
-    """An engine's request with figures of the test's own."""
+    """A request to the engine with fixed figures."""
 
     prompt_tokens: int = 7
     completion_tokens: int = 3
@@ -27,15 +27,19 @@ class Request:
     finish_reason: str | None = "stop"
 
 
-def told(caplog: pytest.LogCaptureFixture, telemetry: Telemetry, *requests: Request, path: str = "/tokenize") -> Any:
-    with caplog.at_level(logging.INFO), telemetry.job("job-1", path) as record:
+def logged(
+    caplog: pytest.LogCaptureFixture, telemetry: Telemetry, *requests: Request, route: str = "/tokenize"
+) -> dict[str, Any]:
+    """Run a job with these requests to the engine, and return the fields of its log line."""
+    with caplog.at_level(logging.INFO), telemetry.job("job-1", route, {}) as record:
         for request in requests:
-            record.meter.add(request)
+            record.usage.add(request)
         record.ended_with(200)
     return vars(caplog.records[-1])
 
 
-def values(telemetry: Telemetry) -> dict[str, float]:
+def samples(telemetry: Telemetry) -> dict[str, float]:
+    """Return the values of all metrics by `NAME[LABELS]`."""
     families = text_string_to_metric_families(generate_latest(telemetry.registry).decode())
     return {
         f"{sample.name}{sorted(sample.labels.values())}": sample.value
@@ -45,9 +49,9 @@ def values(telemetry: Telemetry) -> dict[str, float]:
     }
 
 
-def test_a_job_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_job_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     first = Request(first_token_at=time.time() + 1, queue_seconds=0.25, media={"image": 2}, adapter="poet")
-    line = told(caplog, Telemetry("org/model", CollectorRegistry()), first, path="/v1/chat/completions")
+    line = logged(caplog, Telemetry("org/model", CollectorRegistry()), first, route="/v1/chat/completions")
     assert line["message"].startswith("Job job-1 ok after 0.0")
     assert line["total_seconds"] < line["ttft_seconds"] <= 1
     expected = {
@@ -66,16 +70,16 @@ def test_a_job_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert expected.items() <= line.items()
 
 
-def test_several_requests_of_a_job_are_added_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_requests_of_a_job_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
     requests = [Request(media={"image": 1}, finish_reason=None), Request(media={"video": 1}, finish_reason="length")]
-    line = told(caplog, Telemetry("m", CollectorRegistry()), *requests)
+    line = logged(caplog, Telemetry("m", CollectorRegistry()), *requests)
     assert (line["input_tokens"], line["output_tokens"], line["finish_reason"]) == (14, 6, "length")
     assert line["modalities"] == {"text": 1, "image": 1, "video": 1}
 
 
-def test_a_job_that_nobody_ended_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_job_without_a_status_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     telemetry = Telemetry("m", CollectorRegistry())
-    with caplog.at_level(logging.INFO), telemetry.job("job-1"):
+    with caplog.at_level(logging.INFO), telemetry.job("job-1", "/tokenize", {}):
         assert telemetry.running == 1
     assert telemetry.running == 0
     line = vars(caplog.records[-1])
@@ -92,29 +96,45 @@ def test_outcomes(status: int, outcome: str) -> None:
 
 def test_jobs_are_counted_by_route_outcome_and_modality(caplog: pytest.LogCaptureFixture) -> None:
     telemetry = Telemetry("m", CollectorRegistry())
-    told(caplog, telemetry, Request(), path="/v1/responses/resp_1/cancel")
-    told(caplog, telemetry, Request(media={"video": 1, "image": 1}), path="/v1/chat/completions")
-    told(caplog, telemetry, path="/../etc/passwd")
-    seen = values(telemetry)
-    assert seen["worker_jobs_total['/v1/responses/{id}/cancel', 'ok', 'text']"] == 1
-    assert seen["worker_jobs_total['/v1/chat/completions', 'image+video', 'ok']"] == 1
-    assert seen["worker_jobs_total['control', 'ok', 'text']"] == 1
-    assert seen["worker_tokens_total['input']"] == 14
-    assert seen["worker_tokens_total['output']"] == 6
-    assert seen["worker_job_seconds_count[]"] == 3
-    assert seen["worker_jobs_running[]"] == 0
+    logged(caplog, telemetry, Request(), route="/v1/responses/{id}/cancel")
+    logged(caplog, telemetry, Request(media={"video": 1, "image": 1}), route="/v1/chat/completions")
+    logged(caplog, telemetry, route="control")
+    metrics = samples(telemetry)
+    assert metrics["worker_jobs_total['/v1/responses/{id}/cancel', 'ok', 'text']"] == 1
+    assert metrics["worker_jobs_total['/v1/chat/completions', 'image+video', 'ok']"] == 1
+    assert metrics["worker_jobs_total['control', 'ok', 'text']"] == 1
+    assert metrics["worker_tokens_total['input']"] == 14
+    assert metrics["worker_tokens_total['output']"] == 6
+    assert metrics["worker_job_seconds_count[]"] == 3
+    assert metrics["worker_jobs_running[]"] == 0
 
 
-def test_the_last_failure_is_remembered_and_no_callers_mistake() -> None:
+def test_the_last_error_is_kept_but_not_a_mistake_of_the_caller() -> None:
     telemetry = Telemetry("m", CollectorRegistry())
     for request_id, status in (("one", 500), ("two", 400)):
-        with telemetry.job(request_id) as record:
+        with telemetry.job(request_id, "/tokenize", {}) as record:
             record.ended_with(status)
     assert telemetry.last_error is not None
     assert (telemetry.last_error["request_id"], telemetry.last_error["status"]) == ("one", 500)
 
 
-def test_a_meter_without_requests_has_nothing_to_tell() -> None:
-    meter = Meter()
-    assert (meter.prompt_tokens, meter.completion_tokens, meter.media) == (0, 0, {})
-    assert (meter.first_token_at, meter.queue_seconds, meter.finish_reason, meter.adapter) == (None,) * 4
+def test_the_usage_of_a_job_without_requests_is_empty() -> None:
+    usage = Usage()
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.media) == (0, 0, {})
+    assert (usage.first_token_at, usage.queue_seconds, usage.finish_reason, usage.adapter) == (None,) * 4
+
+
+def test_downloads_and_rejected_media_are_counted() -> None:
+    telemetry = Telemetry("m", CollectorRegistry())
+    with telemetry.job("job-1", "/v1/chat/completions", {}) as record:
+        record.usage.fetches += [Fetch(0.5, 100), Fetch(1.5, 200)]
+        record.usage.rejections.append("too_large")
+    metrics = samples(telemetry)
+    assert (metrics["worker_media_fetch_seconds_count[]"], metrics["worker_media_fetch_seconds_sum[]"]) == (2, 2.0)
+    assert metrics["worker_media_fetched_bytes_total[]"] == 300
+    assert metrics["worker_media_rejected_total['too_large']"] == 1
+
+
+def test_the_engine_finds_the_usage_of_the_job_in_its_context() -> None:
+    with Telemetry("m", CollectorRegistry()).job("job-1", "/tokenize", {}) as record:
+        assert current_usage.get() is record.usage

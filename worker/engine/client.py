@@ -1,4 +1,4 @@
-"""vLLM's client, which also tells the calling job's meter of its requests and keeps the job's pace."""
+"""vLLM's client, which also adds each request to the usage of its job, and sends its tokens at the job's pace."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -12,62 +12,62 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import RequestStateStats
 
-from worker.request.pace import Pace, paced
-from worker.telemetry.usage import metered
+from worker.request.pace import Pace, current_pace
+from worker.telemetry.usage import current_usage
 
 
 class Client(AsyncLLM):
-    """vLLM's client, which also tells the calling job's meter of its requests and keeps its pace."""
+    """vLLM's client, which replaces the collector of each request that belongs to a job."""
 
     async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
         collector = await super().add_request(request_id, prompt, *args, **kwargs)
-        meter, pace = metered.get(), paced.get()
-        if meter is None:
+        usage, pace = current_usage.get(), current_pace.get()
+        if usage is None:
             return collector
         collector = PacedCollector(collector, pace) if pace and collector.aggregate else _Collector(collector)
         states = self._states(collector.request_id)
         for state in states:
             state.queue = collector
         media = prompt.get("mm_placeholders", {}) if isinstance(prompt, dict) else {}
-        meter.add(_Request(states, collector, {modality: len(items) for modality, items in media.items()}))
+        usage.add(_Request(states, collector, {modality: len(items) for modality, items in media.items()}))
         return collector
 
     def _states(self, request_id: str) -> list[RequestState]:
-        """Return the state of a request, or those of the n that answer one prompt."""
+        """Return the state of a request. With `n` > 1 there is one for each answer."""
         parent = self.output_processor.parent_requests.get(request_id)
         states = map(self.output_processor.request_states.get, parent.child_requests if parent else [request_id])
         return [state for state in states if state is not None]
 
 
 class Silence:
-    """For how long an engine that has requests has said nothing: no token, and no step of its scheduler."""
+    """How long the engine has had unfinished requests without sending anything, not even scheduler statistics."""
 
     def __init__(self, client: AsyncLLM) -> None:
         self.seconds = 0.0
         self._client = client
         get = client.engine_core.get_output_async
 
-        async def heard() -> Any:
+        async def get_and_reset() -> Any:
             outputs = await get()
             self.seconds = 0.0
             return outputs
 
-        client.engine_core.get_output_async = heard
+        client.engine_core.get_output_async = get_and_reset
 
-    def pass_by(self, seconds: float) -> None:
-        """Count so many seconds: not by a clock, which runs on while the whole worker is frozen."""
+    def add(self, seconds: float) -> None:
+        """Count the seconds that have passed. A clock would also count the time while the whole worker is frozen."""
         self.seconds = self.seconds + seconds if self._client.output_processor.has_unfinished_requests() else 0.0
 
 
 class _Collector(RequestOutputCollector):
-    """Collects a request's outputs in the place of vLLM's own collector, and remembers why the request ended."""
+    """Collects a request's outputs like vLLM's collector, which it replaces, and keeps the finish reason."""
 
-    def __init__(self, taken_over: RequestOutputCollector) -> None:
-        kind = RequestOutputKind.DELTA if taken_over.aggregate else RequestOutputKind.CUMULATIVE
-        super().__init__(kind, taken_over.request_id)
+    def __init__(self, replaced: RequestOutputCollector) -> None:
+        kind = RequestOutputKind.DELTA if replaced.aggregate else RequestOutputKind.CUMULATIVE
+        super().__init__(kind, replaced.request_id)
         self.finish_reason: str | None = None
-        if taken_over.output is not None:
-            self.put(taken_over.output)
+        if replaced.output is not None:
+            self.put(replaced.output)
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
         super().put(output)
@@ -76,12 +76,12 @@ class _Collector(RequestOutputCollector):
 
 
 class PacedCollector(_Collector):
-    """Gives a request's outputs at a job's pace: vLLM merges what comes in between. The last is given at once."""
+    """Returns outputs at a job's pace; vLLM merges those that arrive in between. The last is returned at once."""
 
-    def __init__(self, taken_over: RequestOutputCollector, pace: Pace) -> None:
+    def __init__(self, replaced: RequestOutputCollector, pace: Pace) -> None:
         self._pace = pace
         self._ended = asyncio.Event()
-        super().__init__(taken_over)
+        super().__init__(replaced)
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
         super().put(output)
@@ -89,7 +89,7 @@ class PacedCollector(_Collector):
             self._ended.set()
 
     def get_nowait(self) -> None:
-        """Leave it to `get`, which keeps the pace."""
+        """Return nothing, so that vLLM calls `get`, which keeps the pace."""
 
     async def get(self) -> RequestOutput | PoolingRequestOutput:
         clock = asyncio.get_running_loop().time
@@ -98,15 +98,15 @@ class PacedCollector(_Collector):
                 async with asyncio.timeout(seconds):
                     await self._ended.wait()
         output = await super().get()
-        self._pace.went(clock())
+        self._pace.sent(clock())
         return output
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What vLLM knows of a request and, with n > 1, of its siblings; an `EngineRequest`.
+    """The progress of one request, read from vLLM's own objects: an `EngineRequest`.
 
-    Times are there unless `DISABLE_LOG_STATS` is set; vLLM tells those of the queue by a clock of its own.
+    With DISABLE_LOG_STATS there are no times. vLLM measures times in the queue with a clock of its own.
     """
 
     states: Sequence[RequestState]

@@ -1,4 +1,4 @@
-"""The routes that tell of the worker itself: `/ping`, `/health`, `/info`, `/metrics`. No model is needed for them."""
+"""The worker's own routes: `/ping`, `/health`, `/info` and `/metrics`. They work while the model is loading too."""
 
 from typing import Any
 
@@ -7,16 +7,16 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from pydantic import BaseModel
 
 from worker import __version__
-from worker.lifecycle import State, Status
+from worker.lifecycle import Lifecycle, State
 from worker.request.asgi import App, Message, Receive, Send
 from worker.request.routes import OWN_ROUTES
 from worker.settings.settings import Settings
 from worker.telemetry import gpu
 from worker.telemetry.jobs import Telemetry
-from worker.telemetry.startup_phases import Ledger
+from worker.telemetry.startup_phases import StartupPhases
 
-PING: dict[State, int] = {"loading": 204, "ready": 200, "draining": 503, "dead": 503, "failed": 503}
-"""As RunPod's load balancer wants it: 204 while initializing, 200 when healthy."""
+PING: dict[State, int] = {"starting": 204, "ready": 200}
+"""The statuses that RunPod's load balancer expects: 204 while initializing, 200 when healthy. All others are 503."""
 
 ENGINE_GAUGES = {
     "requests_running": "vllm:num_requests_running",
@@ -32,14 +32,14 @@ class Health(BaseModel):
     model: str
     uptime_seconds: float
     jobs: int
-    """Jobs that run or wait."""
+    """Requests that run or wait."""
     requests_running: float | None
-    """In the engine; None until it is there, and with `DISABLE_LOG_STATS`."""
+    """In the engine; None until it is loaded, and with `DISABLE_LOG_STATS`."""
     requests_waiting: float | None
     kv_cache_usage: float | None
     """Between 0 and 1."""
     last_error: dict[str, Any] | None
-    """Which job failed last for a reason that was not its caller's, and when."""
+    """The last job that failed through no fault of its caller."""
 
 
 class Info(BaseModel):
@@ -49,24 +49,28 @@ class Info(BaseModel):
     model: str
     revision: str | None
     engine: dict[str, Any] | None
-    """What the engine tells of itself; None until it is there."""
+    """Versions, limits and arguments of the engine; None until it is loaded."""
     gpus: list[dict[str, Any]]
-    """Name and memory in bytes of each."""
+    """Name, and total and free memory in bytes, of each GPU."""
     settings: dict[str, Any]
-    """The worker's own, secrets left out."""
+    """The worker's own settings without secrets."""
     startup_seconds: dict[str, float]
 
 
-class Monitor:
+class OwnRoutes:
     """An ASGI app for the worker's own routes."""
 
-    def __init__(self, status: Status, telemetry: Telemetry, settings: Settings, ledger: Ledger) -> None:
-        self._status = status
+    def __init__(
+        self, lifecycle: Lifecycle, telemetry: Telemetry, settings: Settings, startup_phases: StartupPhases
+    ) -> None:
+        self._lifecycle = lifecycle
         self._telemetry = telemetry
         self._settings = settings
-        self._ledger = ledger
+        self._startup_phases = startup_phases
+        self.engine: dict[str, Any] | None = None
+        """The description of the engine, once it is loaded."""
         ready = Gauge("worker_ready", "1 while the worker answers jobs.", registry=telemetry.registry)
-        ready.set_function(lambda: status.state == "ready")
+        ready.set_function(lambda: lifecycle.state == "ready")
         self.app = FastAPI(title="RunPod vLLM worker", version=__version__, docs_url=None, redoc_url=None)
         unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
         self.app.get("/ping", responses={204: {}, 503: {}}, response_class=Response)(self.ping)
@@ -80,7 +84,7 @@ class Monitor:
         await self.app(scope, receive, send)
 
     def over(self, engine: App) -> App:
-        """Return an app that answers the worker's own routes itself and leaves all others to the engine's."""
+        """Return an app that answers the worker's own routes and leaves all others to `engine`."""
 
         async def app(scope: Message, receive: Receive, send: Send) -> None:
             await (self.app if scope["path"] in OWN_ROUTES else engine)(scope, receive, send)
@@ -88,46 +92,46 @@ class Monitor:
         return app
 
     async def ping(self) -> Response:
-        """Answer with a status and nothing else: 204 while the model is loaded, 200, or 503."""
-        return Response(status_code=PING[self._status.state])
+        """Return 204 while the model is loading, 200 when the worker is ready, else 503. For load balancers."""
+        return Response(status_code=PING.get(self._lifecycle.state, 503))
 
     async def health(self, response: Response) -> Health:
-        """Tell how the worker is; 503 unless it is ready."""
-        state = self._status.state
+        """Return the worker's state and load; 503 unless it is ready."""
+        state = self._lifecycle.state
         response.status_code = 200 if state == "ready" else 503
         load = _gauges(self._telemetry.registry)
         return Health(
             status=state,
             model=self._settings.model_name,
-            uptime_seconds=round(self._status.uptime, 1),
+            uptime_seconds=round(self._lifecycle.uptime, 1),
             jobs=self._telemetry.running,
             last_error=self._telemetry.last_error,
             **load,
         )
 
     async def info(self) -> Info:
-        """Tell what the worker is: versions, model, limits, settings."""
+        """Return versions, model, limits, GPUs, settings and the duration of each phase of the start."""
         return Info(
             version=__version__,
             model=self._settings.model_name,
             revision=self._settings.model_revision,
-            engine=self._status.engine,
+            engine=self.engine,
             gpus=gpu.installed(),
             settings=self._settings.public(),
-            startup_seconds=self._ledger.seconds,
+            startup_seconds=self._startup_phases.seconds,
         )
 
     async def metrics(self) -> Response:
-        """Give vLLM's metrics and the worker's in Prometheus' text format."""
+        """Return vLLM's metrics and the worker's in Prometheus' text format."""
         return Response(generate_latest(self._telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _gauges(registry: CollectorRegistry) -> dict[str, float | None]:
-    """Read vLLM's gauges; with data parallelism there is one of each for every engine."""
-    found: dict[str, list[float]] = {}
+    """Read vLLM's gauges. With data parallelism every engine has its own."""
+    samples: dict[str, list[float]] = {}
     for family in registry.restricted_registry(list(ENGINE_GAUGES.values())).collect():
-        found[family.name] = [sample.value for sample in family.samples]
-    values = {name: found.get(metric) for name, metric in ENGINE_GAUGES.items()}
+        samples[family.name] = [sample.value for sample in family.samples]
+    values = {name: samples.get(metric) for name, metric in ENGINE_GAUGES.items()}
     return {
         name: None if not value else max(value) if name == "kv_cache_usage" else sum(value)
         for name, value in values.items()

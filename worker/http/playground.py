@@ -1,4 +1,4 @@
-"""The page to try the model, playground.html: its bytes, and headers that keep it from reaching any other place."""
+"""The playground, a page to try the model: playground.html and headers that keep it from contacting any other host."""
 
 import base64
 import hashlib
@@ -6,9 +6,13 @@ import html
 import re
 from pathlib import Path
 
+from starlette.responses import HTMLResponse
+
+from worker.request.asgi import App
+
 PAGE = Path(__file__).with_suffix(".html")
 API = b"{{ api }}"
-"""Stands in the page for the path of the API."""
+"""The placeholder in the page for the path of the API."""
 
 POLICY = (
     "default-src 'none'",
@@ -21,8 +25,14 @@ POLICY = (
 )
 
 
+def app(api: str) -> App:
+    """Return an ASGI app that answers with the page."""
+    body, headers = page(api)
+    return HTMLResponse(body, headers=headers)
+
+
 def page(api: str) -> tuple[bytes, dict[str, str]]:
-    """Return the page and the headers it is sent with; `api` is the way from `/` to the OpenAI routes."""
+    """Return the page and its headers. `api` is the path from `/` to the OpenAI routes."""
     body = PAGE.read_bytes()
     policy = [*POLICY, *(f"{tag}-src {' '.join(_hashes(body, tag))}" for tag in ("script", "style"))]
     headers = {
@@ -35,6 +45,6 @@ def page(api: str) -> tuple[bytes, dict[str, str]]:
 
 
 def _hashes(body: bytes, tag: str) -> list[str]:
-    """Return the policy's names for what stands between these tags, which alone is run or applied."""
+    """Return the policy's hashes of the inline scripts or styles; the browser accepts no others."""
     inline = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)
     return [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'" for text in inline]

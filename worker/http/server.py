@@ -1,4 +1,4 @@
-"""The HTTP server's thread, with a loop of its own, because loading keeps the main thread busy."""
+"""The HTTP server. It runs in a thread with a loop of its own, because loading the model blocks the main thread."""
 
 import asyncio
 import os
@@ -18,14 +18,14 @@ from worker.errors import ConfigurationError
 from worker.request.asgi import App
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than a load balancer keeps a connection, so that it never sends into one that has just been closed."""
-HALT_SECONDS = 5.0
+"""Longer than load balancers keep idle connections, so that they never use one that was just closed."""
+PAUSE_SECONDS = 5.0
 
 T = TypeVar("T")
 
 
 class HttpServer:
-    """Serves an app on some ports from a thread of its own, within a `with` block."""
+    """Serves an app on some ports from its own thread, within a `with` block."""
 
     def __init__(self, app: App, ports: Iterable[int], host: str = "0.0.0.0") -> None:  # noqa: S104 - a container's
         self._sockets = [_listen(host, port) for port in dict.fromkeys(ports)]
@@ -45,12 +45,12 @@ class HttpServer:
             )
         )
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
-        self._go_on = threading.Event()
-        self._heed_forks()
+        self._resume = threading.Event()
+        self._pause_during_forks()
 
     @property
     def ports(self) -> list[int]:
-        """Where it listens."""
+        """The ports it listens on."""
         return [listener.getsockname()[1] for listener in self._sockets]
 
     def __enter__(self) -> Self:
@@ -68,37 +68,37 @@ class HttpServer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def notify(self, event: asyncio.Event) -> None:
-        """Set an event of the server's loop, from a signal handler too; once that has ended, nobody waits for it."""
+        """Set an event of the server's loop; signal handlers may call this. Without effect once the loop has ended."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(event.set)
 
-    def _heed_forks(self) -> None:
-        """Have what forks find the server at rest. What is registered stays so; a server that is gone does nothing."""
-        mine = weakref.ref(self)
+    def _pause_during_forks(self) -> None:
+        """Pause the server while this process forks. The callbacks cannot be removed; after its end they do nothing."""
+        reference = weakref.ref(self)
 
         def before() -> None:
-            if (server := mine()) is not None:
-                server._stand_still()
+            if (server := reference()) is not None:
+                server._pause()
 
         def after_in_child() -> None:
-            if mine() is not None:
+            if reference() is not None:
                 _close_inherited()
 
-        os.register_at_fork(before=before, after_in_parent=self._go_on.set, after_in_child=after_in_child)
+        os.register_at_fork(before=before, after_in_parent=self._resume.set, after_in_child=after_in_child)
 
-    def _stand_still(self) -> None:
-        """Halt the thread while this process forks: a lock that it held would never be released in the child."""
+    def _pause(self) -> None:
+        """Stop the thread until the fork is done: in the child, a lock that it holds would never be released."""
         if threading.current_thread() is self._thread or not self._thread.is_alive():
             return
-        stands = threading.Event()
-        self._go_on.clear()
+        paused = threading.Event()
+        self._resume.clear()
 
-        def halt() -> None:
-            stands.set()
-            self._go_on.wait()
+        def pause() -> None:
+            paused.set()
+            self._resume.wait()
 
-        self._loop.call_soon_threadsafe(halt)
-        stands.wait(timeout=HALT_SECONDS)
+        self._loop.call_soon_threadsafe(pause)
+        paused.wait(timeout=PAUSE_SECONDS)
 
     def _serve(self) -> None:
         with self._runner:
@@ -106,7 +106,7 @@ class HttpServer:
 
 
 def _close_inherited() -> None:
-    """Close what a forked child has of the server: ports that would stay taken, and connections that nobody ends."""
+    """Close the server's sockets in a forked child: its ports would stay taken, and its connections open."""
     for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
         try:
             inherited = socket.socket(fileno=descriptor)

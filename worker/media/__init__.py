@@ -1,1 +1,1 @@
-"""Images, videos and sounds of strangers: fetched, checked, and decoded at arm's length."""
+"""Images, videos and audio from untrusted sources: fetched, checked, and, for videos, decoded in child processes."""

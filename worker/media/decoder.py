@@ -1,8 +1,9 @@
-"""A process of its own that reads strangers' videos: `python -m worker.media.decoder FD FD`, started by `video.py`.
+"""A child process that decodes untrusted videos: `python -m worker.media.decoder SOCKET MEMORY`, started by `video.py`.
 
-What makes OpenCV crash, hang or use up memory ends this process alone, and its environment holds no secret. It is asked
-through the first file descriptor, a socket, where each message is JSON but for the video, which is bytes. Frames go
-into the second, which is shared memory.
+If a video makes OpenCV crash, hang or use too much memory, only this process ends. Its environment contains no secrets.
+
+Both arguments are file descriptors. SOCKET carries the requests and replies, one JSON message each; an "open" request
+is followed by a message with the bytes of the video. MEMORY is shared memory for the decoded frame.
 """
 
 import io
@@ -23,18 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 MEMORY_BYTES = 8 << 30
-ORPHAN_SECONDS = 1.0
+PARENT_POLL_SECONDS = 1.0
 
 
 def main(socket: int, memory: int) -> None:
-    """Answer until the other side is gone."""
-    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+    """Answer requests until the other end closes the socket (EOFError)."""
+    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(socket)
     frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
-    # Whatever FFmpeg takes a video for: no file and no address is opened from here on.
+    # From here on no file and no connection can be opened, even if FFmpeg takes a video for a list of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     capture: cv2.VideoCapture | None = None
     while True:
@@ -43,7 +44,7 @@ def main(socket: int, memory: int) -> None:
             capture = None
             reply(connection, value=True)
         elif name == "open":
-            # `release()` of the one before would crash this version of OpenCV.
+            # A new capture each time: calling `release()` crashes this version of OpenCV.
             capture = cv2.VideoCapture(io.BytesIO(connection.recv_bytes()), cv2.CAP_FFMPEG, [])  # type: ignore[call-overload]
             reply(connection, capture.isOpened())
         elif capture is not None and name == "grab":
@@ -56,20 +57,20 @@ def main(socket: int, memory: int) -> None:
 
 
 def retrieve(capture: cv2.VideoCapture, frames: npt.NDArray[np.uint8]) -> tuple[int, ...] | None:
-    """Put a frame into the memory; return its shape, or None if there is none."""
+    """Copy the current frame into shared memory; return its shape, or None if there is no frame."""
     _, frame = capture.retrieve()
     if frame is None:
         return None
-    # One that does not fit is not copied; the other side tells so by its shape.
+    # A frame that is too large is not copied. The parent process rejects it by its shape.
     if frame.size <= frames.size:
         frames[: frame.size] = frame.reshape(-1)
     return tuple(map(int, frame.shape))
 
 
-def leave_with(parent: int) -> None:
-    """End this process soon after its parent has, even in the middle of a video."""
+def exit_with_parent(parent: int) -> None:
+    """Exit soon after the parent process ends, even while a video is being decoded."""
     while os.getppid() == parent:
-        time.sleep(ORPHAN_SECONDS)
+        time.sleep(PARENT_POLL_SECONDS)
     os._exit(1)
 
 

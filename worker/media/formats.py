@@ -1,20 +1,20 @@
-"""What a file is, told by its bytes and by nothing else. Pure.
+"""Detects a file's format from its content alone. Pure.
 
-Strict on purpose: what passes is given to decoders that would make more of it than an image, a video or a sound, such
-as a list of other files to open, or of addresses to listen at.
+The patterns are strict on purpose. Accepted files go to decoders that also accept playlists of other files and
+descriptions of network streams, and would open those files or listen at those addresses.
 """
 
 import re
 
 HEAD_BYTES = 64
-"""How many bytes tell the format, but for what hides behind an ID3 tag."""
+"""How many bytes at the start of a file identify its format, unless it starts with an ID3 tag."""
 
 _ATOM = rb"\0[\s\S]{3}"
 _RIFF = rb"RIFF[\s\S]{4}"
 _EBML = rb"\x1a\x45\xdf\xa3[\s\S]{0,48}?\x42\x82[\s\S]{1,8}?"
 _MPEG = rb"\xff[\xe2-\xff][\x00-\xef]"
 
-# The first that fits counts.
+# The first pattern that matches wins.
 _FORMATS: tuple[tuple[bytes, str], ...] = (
     (rb"\x89PNG\r\n\x1a\n", "image/png"),
     (rb"\xff\xd8\xff", "image/jpeg"),
@@ -36,33 +36,32 @@ _FORMATS: tuple[tuple[bytes, str], ...] = (
     (rb"\xff[\xf1\xf9]", "audio/aac"),
     (_MPEG, "audio/mpeg"),
 )
-_COMPILED = tuple((re.compile(pattern), name) for pattern, name in _FORMATS)
 
 _ID3 = re.compile(rb"ID3[\x02-\x04][\s\S]{2}([\0-\x7f]{4})")
-# What FFmpeg would follow to other files and addresses, wherever in its first megabyte it stands.
-_LEADS_ELSEWHERE = re.compile(rb"c=IN IP|#EXTM3U|ffconcat version|dash:profile|<CompositionPlaylist", re.IGNORECASE)
+# Playlists and session descriptions: FFmpeg finds them anywhere in a file's first megabyte and opens what they list.
+_EXTERNAL_REFERENCE = re.compile(rb"c=IN IP|#EXTM3U|ffconcat version|dash:profile|<CompositionPlaylist", re.IGNORECASE)
 _PROBED_BYTES = 1 << 20
 
 
 def media_type(data: bytes) -> str | None:
-    """Return the media type of a file, of which the beginning is enough; None for one of no known format."""
+    """Return the media type of a file from its first bytes, or None if the format is unknown."""
     if tag := _ID3.match(data):
-        sound = data[10 + _syncsafe(tag[1]) :][:HEAD_BYTES]
-        # Of a file that is not there as a whole, its tag has to do.
-        return "audio/mpeg" if not sound or re.match(_MPEG, sound) else None
-    return next((name for pattern, name in _COMPILED if pattern.match(data)), None)
+        audio = data[10 + _syncsafe(tag[1]) :][:HEAD_BYTES]
+        # If the data ends within the tag, only the tag can identify the format.
+        return "audio/mpeg" if not audio or re.match(_MPEG, audio) else None
+    return next((mime_type for pattern, mime_type in _FORMATS if re.match(pattern, data)), None)
 
 
-def fits(found: str, kind: str) -> bool:
-    """Tell whether a media type is one of an "image", a "video" or an "audio"; a GIF may be either of the first two."""
+def fits(mime_type: str, kind: str) -> bool:
+    """Tell whether a media type can be used as "image", "video" or "audio". A GIF is an image and a video."""
     if kind == "audio":
-        return found.startswith(("audio/", "video/"))
-    return found.startswith(kind) or found == "image/gif"
+        return mime_type.startswith(("audio/", "video/"))
+    return mime_type.startswith(kind) or mime_type == "image/gif"
 
 
-def leads_elsewhere(data: bytes) -> bool:
-    """Tell whether a decoder might take a video or a sound for a list of other files or addresses."""
-    return _LEADS_ELSEWHERE.search(data[:_PROBED_BYTES]) is not None
+def has_external_references(data: bytes) -> bool:
+    """Tell whether a decoder might read a video or audio file as a list of other files or addresses."""
+    return _EXTERNAL_REFERENCE.search(data[:_PROBED_BYTES]) is not None
 
 
 def _syncsafe(size: bytes) -> int:

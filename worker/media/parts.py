@@ -1,4 +1,4 @@
-"""Where in a request's body media stand. Pure."""
+"""Finds the media parts of a request's body. Pure."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,17 +14,16 @@ KEYS: Mapping[Kind, frozenset[str]] = MappingProxyType(
         "audio": frozenset({"audio_url", "input_audio"}),
     }
 )
-"""What a part of each kind has for its `type`, in the dialects of OpenAI, vLLM and Anthropic."""
-
+"""The values of a part's `type` for each kind, in the APIs of OpenAI, vLLM and Anthropic."""
 
 MAX_VISITED = 10_000
-"""How far a body is searched, which may hold anything."""
+"""How many values of a body are searched. A body may have any size."""
 
 
 def path_of(body: bytes, link: str) -> str | None:
-    """Return the path, such as `messages[0].content[2]`, of the part that holds a link; a `data:` URL may be in pieces.
+    """Return the path of the part that contains a link, such as `messages[0].content[2]`, or None.
 
-    Returns None if there is none.
+    For a `data:` URL, a part that contains its base64 data alone counts, too.
     """
     for path, text in _values(body):
         if not isinstance(text, str) or not text:
@@ -37,32 +36,32 @@ def path_of(body: bytes, link: str) -> str | None:
 def paths_of(body: bytes, kind: Kind) -> list[str]:
     """Return the paths of all parts of a kind, in order."""
     types = ((path, part.get("type")) for path, part in _values(body) if isinstance(part, dict))
-    return [path for path, named in types if isinstance(named, str) and named in KEYS[kind]]
+    return [path for path, part_type in types if isinstance(part_type, str) and part_type in KEYS[kind]]
 
 
 def _values(body: bytes) -> Iterator[tuple[str, Any]]:
-    """Yield the values of a JSON body with their paths, in order; however deep, but not however many."""
+    """Yield the paths and values of a JSON body at every depth, in order, up to `MAX_VISITED`."""
     try:
-        waiting = [("", json.loads(body))]
+        pending = [("", json.loads(body))]
     except (ValueError, RecursionError):
         return
     for _ in range(MAX_VISITED):
-        if not waiting:
+        if not pending:
             return
-        path, value = waiting.pop()
+        path, value = pending.pop()
         yield path, value
-        waiting += [(_joined(path, name), item) for name, item in reversed(list(_items(value)))]
+        pending += [(_joined(path, key), item) for key, item in reversed(list(_items(value)))]
 
 
 def _items(value: Any) -> Iterator[tuple[str | int, Any]]:
     if isinstance(value, dict):
-        # What people write may look like a link, too.
-        yield from ((name, item) for name, item in value.items() if name != "text")
+        # Text written by users is skipped: it may be equal to a link.
+        yield from ((key, item) for key, item in value.items() if key != "text")
     elif isinstance(value, list):
         yield from enumerate(value)
 
 
-def _joined(path: str, name: str | int) -> str:
-    if isinstance(name, int):
-        return f"{path}[{name}]"
-    return f"{path}.{name}" if path else name
+def _joined(path: str, key: str | int) -> str:
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else key

@@ -1,4 +1,4 @@
-"""What a person types as an image or a video, a URL or bare base64, becomes a URL that the engine takes. Pure."""
+"""Turns an image or a video in a job's input, a URL or bare base64, into a URL for the engine. Pure."""
 
 import base64
 import re
@@ -9,29 +9,28 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def from_text(text: str, kind: str) -> str:
-    """Return `text` if it is a URL, else a `data:` URL of the base64 that it holds.
+    """Return `text` if it is a URL, else the `data:` URL of the base64 that it contains.
 
-    `kind` is "image" or "video"; a GIF may be either.
+    `kind` is "image" or "video"; a GIF is accepted as either.
 
     Raises:
-        ValueError: neither; the message reads on after the name of the field.
+        ValueError: `text` is neither; the message continues a sentence that starts with the field's name.
     """
     if _SCHEME.match(text):
         return text
     encoded = "".join(text.split())
-    found = _media_type(encoded)
-    if found is None:
+    detected = _media_type(encoded)
+    if detected is None:
         raise ValueError(
-            f"is neither a URL (https:, http:, data:) nor the base64 of a {kind} file: "
-            "its first bytes are those of no known format."
+            f"is neither a URL (https:, http:, data:) nor a base64 {kind} file: its first bytes match no known format."
         )
-    if not fits(found, kind):
-        raise ValueError(f"holds {found}, which is no {kind}.")
-    return f"data:{found};base64,{encoded}"
+    if not fits(detected, kind):
+        raise ValueError(f"contains {detected} where {kind} data is expected.")
+    return f"data:{detected};base64,{encoded}"
 
 
 def _media_type(encoded: str) -> str | None:
-    """Tell the media type from the first bytes of some base64; None if it is none or of no known format."""
+    """Return the media type of a base64 file, or None if the base64 is invalid or the format unknown."""
     try:
         return media_type(base64.b64decode(encoded[: HEAD_BYTES // 3 * 4], validate=True))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Videos, decoded in processes of their own: a damaged one has been seen to crash OpenCV, or to hold it up for good."""
+"""Decodes videos in child processes, because damaged videos can crash or hang OpenCV."""
 
 import json
 import mmap
@@ -16,23 +16,23 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from worker import processes as program
+from worker import processes
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media.checks import Limits, check_frames, check_pixels
 
-DAMAGED = "it cannot be decoded: it is cut off or damaged"
+DAMAGED = "it cannot be decoded: the file is truncated or damaged"
 START_SECONDS = 30.0
 MAX_MISSES = 1000
-"""Frames in a row that may be missing: a container may claim billions."""
+"""How many frames in a row may be missing. A container may claim billions."""
 MAX_DEFERRED = 100
 MAX_IDLE = 2
-"""Processes that are kept for the next videos."""
+"""How many idle processes are kept for the next videos."""
 
 Frame = npt.NDArray[np.uint8]
 
 
 class _Process:
-    """One decoder, and the memory in which it puts frames of so many bytes at most."""
+    """One decoder process and the memory that it shares with this one, large enough for a frame of `frame_bytes`."""
 
     def __init__(self, frame_bytes: int) -> None:
         ours, theirs = socket.socketpair()
@@ -41,8 +41,8 @@ class _Process:
         self.frames: Frame = np.frombuffer(mmap.mmap(memory, 0, prot=mmap.PROT_READ), np.uint8)
         descriptors = (theirs.fileno(), memory)
         with theirs, os.fdopen(memory):
-            # Without the worker's environment, which holds its keys.
-            self._process = program.start(
+            # The worker's own environment is not passed on: it contains secrets.
+            self._process = processes.start(
                 "worker.media.decoder",
                 *map(str, descriptors),
                 environ={"OPENCV_LOG_LEVEL": "OFF"},
@@ -67,7 +67,7 @@ class _Process:
 
 
 class Decoders:
-    """The processes that are there; one is started when all are busy."""
+    """A pool of decoder processes. It starts a new one when none is idle."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -75,12 +75,19 @@ class Decoders:
         self._closed = False
 
     def prepare(self) -> None:
-        """Start one now, so that the first video need not wait for it."""
+        """Start a process now, so that the first video does not wait for it."""
         self._idle.put(self._start())
 
     def capture(self) -> "Capture":
-        """Return what a video can be opened with."""
+        """Return a capture for one video. It uses a process until it is closed."""
         return Capture(self._take(), self._limits, self._give_back)
+
+    def _take(self) -> _Process:
+        with suppress(queue.Empty):
+            while not (process := self._idle.get_nowait()).is_alive:
+                process.close()
+            return process
+        return self._start()
 
     def _give_back(self, process: _Process) -> None:
         if self._closed or self._idle.qsize() >= MAX_IDLE:
@@ -88,20 +95,11 @@ class Decoders:
         else:
             self._idle.put(process)
 
-    def _take(self) -> _Process:
-        with suppress(queue.Empty):
-            while True:
-                process = self._idle.get_nowait()
-                if process.is_alive:
-                    return process
-                process.close()
-        return self._start()
-
     def _start(self) -> _Process:
         return _Process(3 * int(self._limits.image_pixels.value))
 
     def close(self) -> None:
-        """End the processes; those that are busy end when they are given back."""
+        """End the idle processes. A busy one ends when its capture is closed."""
         self._closed = True
         with suppress(queue.Empty):
             while True:
@@ -109,17 +107,17 @@ class Decoders:
 
 
 class Capture:
-    """What `cv2.VideoCapture` is, as far as vLLM makes use of it, within limits.
+    """The part of the interface of `cv2.VideoCapture` that vLLM uses, with limits.
 
-    Every method raises a `MediaError` once the video turns out to be damaged, too large or too slow.
+    Every method raises `MediaError` once the video turns out to be damaged, too large or too slow to decode.
     """
 
     def __init__(self, process: _Process, limits: Limits, give_back: Callable[[_Process], None]) -> None:
         self._process: _Process | None = process
         self._limits = limits
         self._give_back = give_back
-        self._ends_at = time.monotonic() + START_SECONDS + limits.decode_seconds.value
-        self._passing = False
+        self._deadline = time.monotonic() + START_SECONDS + limits.decode_seconds.value
+        self._skipping = False
         self._deferred = 0
         self._misses = 0
         self._pixels = 0
@@ -128,15 +126,15 @@ class Capture:
         """Open a video.
 
         Raises:
-            MediaError: it cannot be opened, or must not.
+            MediaError: the video cannot be opened or exceeds a limit.
         """
-        if not self._ask("open", then=data):
+        if not self._request("open", video=data):
             raise MediaError(DAMAGED)
         self._check()
-        self._ends_at = time.monotonic() + self._limits.decode_seconds.value
+        self._deadline = time.monotonic() + self._limits.decode_seconds.value
 
     def _check(self) -> None:
-        """Compare what the container says with the limits, before a frame is decoded."""
+        """Compare the container's metadata with the limits before any frame is decoded."""
         width, height = int(self.get(cv2.CAP_PROP_FRAME_WIDTH)), int(self.get(cv2.CAP_PROP_FRAME_HEIGHT))
         frames, rate = self.get(cv2.CAP_PROP_FRAME_COUNT), self.get(cv2.CAP_PROP_FPS)
         longest = self._limits.video_seconds
@@ -144,100 +142,104 @@ class Capture:
             raise MediaError(DAMAGED)
         check_pixels(width, height, self._limits.image_pixels)
         if not (frames >= 1 and rate > 0):
-            raise MediaError("its container does not tell how long it is; remux it")
+            raise MediaError("its container does not state its duration; remux the video")
         if frames / rate > longest.value:
             raise MediaTooLargeError(f"it is {frames / rate:.0f} s long, which is more than {longest} allows")
 
     def get(self, prop: int) -> float:
-        """Return a property."""
-        return float(self._question("get", prop))
+        """Return a property, one of `cv2.CAP_PROP_…`."""
+        return float(self._request_after_grabs("get", prop))
 
     def set(self, prop: int, value: float) -> bool:
-        """Set a property; tell whether that was possible."""
-        return bool(self._question("set", prop, value))
+        """Set a property; return whether OpenCV accepted the value."""
+        return bool(self._request_after_grabs("set", prop, value))
 
     def grab(self) -> bool:
-        """Go to the next frame; tell whether there is one, as far as that is known yet.
+        """Go to the next frame; return whether there is one.
 
-        Of several grabs in a row, which pass over frames that are not wanted, those after the first are made together,
-        later.
+        vLLM skips frames by several grabs in a row. Grabs after the first are deferred and sent together later. They
+        return True before it is known whether there is a frame.
         """
-        if self._passing and self._deferred < MAX_DEFERRED:
+        if self._skipping and self._deferred < MAX_DEFERRED:
             self._deferred += 1
             return True
-        self._catch_up()
-        self._passing = True
-        return self._grabbed(1)
+        self._send_deferred_grabs()
+        self._skipping = True
+        return self._grab(1)
 
-    def _catch_up(self) -> bool:
+    def _send_deferred_grabs(self) -> bool:
         deferred, self._deferred = self._deferred, 0
-        return self._grabbed(deferred) if deferred else True
+        return self._grab(deferred) if deferred else True
 
-    def _grabbed(self, times: int) -> bool:
-        found: list[bool] = self._ask("grab", times)
-        self._misses = 0 if any(found) else self._misses + times
+    def _grab(self, times: int) -> bool:
+        """Grab several frames at once; return whether the last one exists."""
+        grabbed: list[bool] = self._request("grab", times)
+        self._misses = 0 if any(grabbed) else self._misses + times
         if self._misses > MAX_MISSES:
             raise MediaError(DAMAGED)
-        return found[-1]
+        return grabbed[-1]
 
     def retrieve(self) -> tuple[bool, Frame | None]:
-        """Return whether the frame could be decoded, and the frame, until the next: (height, width, 3), blue first."""
-        if not self._catch_up():
+        """Return whether the current frame could be decoded, and the frame: (height, width, 3) in BGR order.
+
+        The next call overwrites the frame.
+        """
+        if not self._send_deferred_grabs():
             return False, None
-        shape = self._question("retrieve")
+        shape = self._request_after_grabs("retrieve")
         if shape is None:
             return False, None
         height, width, channels = shape
         check_pixels(width, height, self._limits.image_pixels)
         self._pixels += height * width
         check_frames(self._pixels, self._limits)
-        return True, self._live().frames[: height * width * channels].reshape(height, width, channels)
+        return True, self._open_process().frames[: height * width * channels].reshape(height, width, channels)
 
     def read(self) -> tuple[bool, Frame | None]:
-        """Go to the next frame and return it, as `grab` and `retrieve` do."""
+        """Go to the next frame and return it as `retrieve` does."""
         return self.retrieve() if self.grab() else (False, None)
 
     def abort(self) -> None:
-        """Have whatever is being asked, in another thread, fail at once."""
+        """Make the call that another thread is waiting for fail at once."""
         if process := self._process:
             process.kill()
 
     def close(self) -> None:
-        """Give the process back, if it is still good."""
+        """Return the process to the pool if it still works."""
         if self._process is None:
             return
-        self._ends_at = time.monotonic() + START_SECONDS
+        self._deadline = time.monotonic() + START_SECONDS
         with suppress(MediaError):
-            self._ask("close")
+            self._request("close")
             process, self._process = self._process, None
             self._give_back(process)
 
-    def _question(self, *question: object) -> Any:
-        """Ask something that comes after the grabs so far."""
-        self._catch_up()
-        self._passing = False
-        return self._ask(*question)
+    def _request_after_grabs(self, name: str, *arguments: object) -> Any:
+        self._send_deferred_grabs()
+        self._skipping = False
+        return self._request(name, *arguments)
 
-    def _ask(self, *question: object, then: bytes | None = None) -> Any:
-        connection = self._live().connection
+    def _request(self, name: str, *arguments: object, video: bytes | None = None) -> Any:
+        """Send a request and return the reply. Without a reply, end the process, whose state is then unknown."""
+        connection = self._open_process().connection
         try:
-            connection.send_bytes(json.dumps(question).encode())
-            if then is not None:
-                connection.send_bytes(then)
-            if connection.poll(max(0.0, self._ends_at - time.monotonic())):
+            connection.send_bytes(json.dumps([name, *arguments]).encode())
+            if video is not None:
+                connection.send_bytes(video)
+            if connection.poll(max(0.0, self._deadline - time.monotonic())):
                 return json.loads(connection.recv_bytes())
         except (OSError, EOFError, ValueError):
-            raise self._broken(MediaError(DAMAGED)) from None
-        raise self._broken(MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s"))
+            self._end_process()
+            raise MediaError(DAMAGED) from None
+        self._end_process()
+        raise MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s allows")
 
-    def _live(self) -> _Process:
+    def _open_process(self) -> _Process:
         if self._process is None:
             raise MediaError(DAMAGED)
         return self._process
 
-    def _broken(self, error: MediaError) -> MediaError:
-        """Return `error`, having ended the process, which nobody knows the state of."""
+    def _end_process(self) -> None:
         if self._process is not None:
             self._process.close()
             self._process = None
-        return error

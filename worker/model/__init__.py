@@ -1,1 +1,1 @@
-"""The model before it runs: its files, whether it fits, and what has been compiled for it before."""
+"""The model's files: finding and downloading them, checking that they fit the GPUs, and the compile cache."""

@@ -1,7 +1,7 @@
-"""What vLLM compiles, kept on the network volume from one worker to the next.
+"""Keeps the code that vLLM compiles on the network volume, for the workers that start later.
 
-One archive for each key, copied in before the engine starts and out once after it is ready. What is compiled is run:
-whoever can write to the volume can have workers run anything. A cache that is broken, foreign or read-only is no cache.
+There is one archive for each key. It is restored before the engine starts and saved once the engine is ready. Workers
+run the code in it: whoever can write to the volume decides what they run. Without a usable cache vLLM compiles again.
 """
 
 import hashlib
@@ -18,58 +18,59 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 SUFFIX = ".tar"
-LEFT_OVER_SECONDS = 3600.0
-"""After which a file that somebody was writing counts as left behind."""
-NOT_KEPT = ("assets", "modelinfos")
+STALE_SECONDS = 3600.0
+"""The age at which a temporary file counts as abandoned."""
+EXCLUDED = ("assets", "modelinfos")
+"""Folders of vLLM's cache without compiled code."""
 
 
 def key_of(about: Mapping[str, Any]) -> str:
-    """Return a name for whatever makes compiled code another: versions, GPU, model, arguments."""
-    told = json.dumps(about, sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    """Return the key for everything that compiled code depends on: versions, GPU, model, arguments."""
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class CompileCache:
-    """The archive of one key, in a folder of the volume that holds so many bytes at most."""
+    """The archive of one key in a `folder` of at most `max_bytes`. `local` is vLLM's cache folder."""
 
     def __init__(self, folder: Path, key: str, local: Path, max_bytes: int) -> None:
         self._folder = folder
         self._archive = folder / f"{key}{SUFFIX}"
         self._local = local
         self._max_bytes = max_bytes
-        self._before: dict[str, int] = {}
+        self._saved: dict[str, int] = {}
 
     def restore(self) -> bool:
-        """Copy the archive in; tell whether there was one."""
+        """Extract the archive; return whether it could be used."""
         try:
             self._local.mkdir(parents=True, exist_ok=True)
-            # Elsewhere first: of an archive that is cut off nothing is used.
+            # Extract to a temporary folder first, so that nothing of a truncated archive is used.
             with (
-                tempfile.TemporaryDirectory(dir=self._local.parent) as folder,
+                tempfile.TemporaryDirectory(dir=self._local.parent) as temporary,
                 tarfile.open(self._archive, "r:") as archive,
             ):
-                archive.extractall(folder, filter="data")
-                _move(Path(folder), self._local)
-            # So that the least recently used is evicted first.
+                archive.extractall(temporary, filter="data")
+                _move(Path(temporary), self._local)
+            # The modification time decides which archives are evicted.
             os.utime(self._archive)
-            found = True
+            restored = True
         except FileNotFoundError:
-            found = False
+            restored = False
         except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-            log.warning("The compile cache cannot be used (%s); vLLM compiles anew", type(error).__name__)
-            found = False
-        self._before = self._files()
-        return found
+            log.warning("The compile cache cannot be used (%s). vLLM compiles again", type(error).__name__)
+            restored = False
+        self._saved = self._files()
+        return restored
 
     def save(self) -> bool:
-        """Copy out what there is, if there is anything new; tell whether that was done."""
+        """Write the archive if there are new files; return whether it was written."""
         try:
             files = self._files()
-            if not files.items() - self._before.items():
+            if not files.items() - self._saved.items():
                 return False
-            self._before = files
+            self._saved = files
             if (size := sum(files.values())) > self._max_bytes:
-                log.warning("The compile cache is not kept: it has %.1f GB, more than COMPILE_CACHE_GB", size / 1e9)
+                log.warning("The compile cache is not saved: its %.1f GB are more than COMPILE_CACHE_GB", size / 1e9)
                 return False
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor, temporary = tempfile.mkstemp(dir=self._folder, suffix=".tmp")
@@ -83,25 +84,25 @@ class CompileCache:
                 raise
             self._evict()
         except (OSError, tarfile.TarError) as error:
-            log.warning("The compile cache cannot be kept (%s)", type(error).__name__)
+            log.warning("The compile cache cannot be saved (%s)", type(error).__name__)
             return False
         return True
 
     def _files(self) -> dict[str, int]:
-        """Return the names of the files that are kept, and their sizes."""
+        """Return the size of each file to save, by its relative path."""
         files = ((path.relative_to(self._local), path) for path in self._local.rglob("*") if path.is_file())
-        return {str(name): path.stat().st_size for name, path in files if name.parts[0] not in NOT_KEPT}
+        return {str(name): path.stat().st_size for name, path in files if name.parts[0] not in EXCLUDED}
 
     def _evict(self) -> None:
-        """Remove the archives that have gone unused for longest until the rest fits, and what was left behind."""
+        """Remove abandoned temporary files, and the least recently used archives until the others fit."""
         for temporary in self._folder.glob("*.tmp"):
-            if time.time() - temporary.stat().st_mtime > LEFT_OVER_SECONDS:
+            if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
                 temporary.unlink(missing_ok=True)
         archives = [(path, path.stat()) for path in self._folder.glob(f"*{SUFFIX}")]
-        room = self._max_bytes
-        for path, status in sorted(archives, key=lambda one: (one[0] != self._archive, -one[1].st_mtime)):
-            room -= status.st_size
-            if room < 0:
+        free = self._max_bytes
+        for path, status in sorted(archives, key=lambda item: (item[0] != self._archive, -item[1].st_mtime)):
+            free -= status.st_size
+            if free < 0:
                 path.unlink(missing_ok=True)
 
 

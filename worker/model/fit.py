@@ -1,4 +1,4 @@
-"""Whether a model fits its GPUs: an estimate from its files and its configuration, before anything is loaded."""
+"""Estimates from a model's files and configuration, before it is loaded, whether it fits into GPU memory."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,78 +7,83 @@ from pathlib import Path
 from typing import Any
 
 from worker.errors import ConfigurationError
+from worker.model.snapshots import weight_paths
 
 OVERHEAD_BYTES = 1 << 30
-"""What the CUDA context, activations and graphs take of a GPU at the least."""
+"""The least that the CUDA context, activations and CUDA graphs need on each GPU."""
 DTYPE_BYTES = {"float32": 4, "float": 4}
+"""Bytes of a number. Other types have 2."""
 CACHE_BYTES = {"fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Bytes of a number in the KV cache. Other types have the model's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the model is to run."""
+    """The engine arguments that decide how much memory the model needs."""
 
     tensor: int
-    """GPUs among which each layer is divided."""
+    """Tensor parallel size: the number of GPUs that share each layer."""
     pipeline: int
-    """Groups of GPUs among which the layers are divided."""
+    """Pipeline parallel size: the number of groups of GPUs that share the layers."""
     utilization: float
-    """The share of a GPU's memory that may be used."""
+    """The share of a GPU's memory that vLLM may use."""
     max_model_len: int | None
-    """None: as long as the model can; 0: as long as there is room for."""
+    """In tokens. None: the model's maximum; 0: as many as fit."""
     dtype: str
     cache_dtype: str
 
     @property
     def gpus(self) -> int:
-        """Among which the weights are divided."""
+        """The number of GPUs that share the weights."""
         return self.tensor * self.pipeline
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is needed, and what there is, on each GPU, in bytes; all of it but the weights' size estimated."""
+    """Needed and available memory on each GPU, in bytes."""
 
     weights: float
     cache: float
-    """For one sequence of full length."""
-    free: float
+    """The KV cache of one sequence of `length` tokens."""
+    available: float
     length: int
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
-        return self.weights + self.cache + OVERHEAD_BYTES <= self.free
+        """Whether the model fits."""
+        return self.weights + self.cache + OVERHEAD_BYTES <= self.available
 
 
-def check(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> Estimate | None:
-    """Compare the model in `folder` with GPUs of which `memory` tells `free` and `memory`; None: nothing can be said.
+def check(folder: Path, plan: Plan, gpus: Iterable[Mapping[str, int]]) -> Estimate | None:
+    """Check that the model in `folder` fits the GPUs, each with its `memory` and `free` memory in bytes.
+
+    Return None if that cannot be estimated.
 
     Raises:
-        ConfigurationError: it cannot fit; the message has the numbers and what may help.
+        ConfigurationError: the model does not fit. The message has the numbers and a remedy.
     """
-    estimate = _estimate(folder, plan, memory)
+    estimate = _estimate(folder, plan, list(gpus)[: plan.gpus])
     if estimate is None or estimate.fits:
         return estimate
-    room = estimate.free - estimate.weights - OVERHEAD_BYTES
+    room = estimate.available - estimate.weights - OVERHEAD_BYTES
     if room > 0:
         length = int(estimate.length * room / estimate.cache) // 256 * 256
         remedy = f"MAX_MODEL_LEN={length}" if length >= 256 else "a much smaller MAX_MODEL_LEN"
         remedy += ", more GPUs (TENSOR_PARALLEL_SIZE), or a larger GPU_MEMORY_UTILIZATION"
     else:
-        remedy = "a quantized variant (AWQ, FP8), more GPUs (TENSOR_PARALLEL_SIZE), or larger ones"
+        remedy = "a quantized variant (AWQ, FP8), more GPUs (TENSOR_PARALLEL_SIZE), or larger GPUs"
     raise ConfigurationError(
-        f"The model does not fit, by estimate: each of {plan.gpus} GPUs needs {_gb(estimate.weights)} for weights, "
-        f"{_gb(estimate.cache)} for the cache of one sequence of {estimate.length} tokens and {_gb(OVERHEAD_BYTES)} "
-        f"besides, and has {_gb(estimate.free)}. What may help: {remedy}. SKIP_FIT_CHECK=true tries it all the same."
+        f"The model does not fit into GPU memory, by estimate: each of {plan.gpus} GPUs needs {_gb(estimate.weights)} "
+        f"for weights, {_gb(estimate.cache)} for the cache of one sequence of {estimate.length} tokens and "
+        f"{_gb(OVERHEAD_BYTES)} for overhead, and has {_gb(estimate.available)}. Use {remedy}. SKIP_FIT_CHECK=true "
+        "skips this check."
     )
 
 
-def _estimate(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> Estimate | None:
-    gpus = list(memory)[: plan.gpus]
+def _estimate(folder: Path, plan: Plan, gpus: list[Mapping[str, int]]) -> Estimate | None:
     try:
         config = json.loads((folder / "config.json").read_text())
-        weights = sum(file.stat().st_size for file in weight_files(folder))
+        weights = sum(file.stat().st_size for file in weight_paths(folder))
         if _is_halved(config, plan):
             weights //= 2
         length = _text(config)["max_position_embeddings"] if plan.max_model_len is None else plan.max_model_len
@@ -87,49 +92,42 @@ def _estimate(folder: Path, plan: Plan, memory: Iterable[Mapping[str, int]]) -> 
         return None
     if len(gpus) < plan.gpus or not weights:
         return None
-    free = min(min(gpu["memory"] * plan.utilization, gpu["free"]) for gpu in gpus)
-    return Estimate(weights / plan.gpus, length * per_token, free, length)
+    available = min(min(gpu["memory"] * plan.utilization, gpu["free"]) for gpu in gpus)
+    return Estimate(weights / plan.gpus, length * per_token, available, length)
 
 
 def _is_halved(config: dict[str, Any], plan: Plan) -> bool:
-    """Tell whether what the files hold in 32 bits is loaded in 16."""
-    stored = config.get("dtype") or config.get("torch_dtype") or _text(config).get("torch_dtype")
-    return stored == "float32" and plan.dtype not in DTYPE_BYTES
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that vLLM would load: one format, and of Mistral's two copies one."""
-    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    named = [file for file in found if not file.name.startswith("consolidated")]
-    return named or found
+    """Return whether vLLM converts the weights from 32 to 16 bits."""
+    stored_dtype = config.get("dtype") or config.get("torch_dtype") or _text(config).get("torch_dtype")
+    return stored_dtype == "float32" and plan.dtype not in DTYPE_BYTES
 
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a configuration that is about the language model."""
+    """Return the configuration of the language model, which a multimodal model nests in its own."""
     return next((part for part in language_parts(config) if "num_hidden_layers" in part), config)
 
 
 def language_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a configuration holds within itself about a language model."""
+    """Return the language models' configurations that are nested in a model's configuration."""
     parts = (config.get(name) for name in ("text_config", "llm_config", "language_config"))
     return [part for part in parts if isinstance(part, dict)]
 
 
 def _cache_per_token(text: dict[str, Any], plan: Plan) -> float:
-    """Return the bytes that one token takes in the cache of each GPU."""
+    """Return the bytes that one token needs in the KV cache of each GPU."""
     size = CACHE_BYTES.get(plan.cache_dtype) or DTYPE_BYTES.get(plan.dtype, 2)
     layers = text["num_hidden_layers"]
     if rank := text.get("kv_lora_rank"):
-        # Every GPU of a layer keeps all of what is latent.
+        # Each GPU of a tensor parallel group keeps the whole latent cache.
         return float(layers / plan.pipeline * (rank + text.get("qk_rope_head_dim", 0)) * size)
     heads = text["num_attention_heads"]
-    head = text.get("head_dim") or text["hidden_size"] // heads
-    # Layers with a window, or with a state instead of a cache, take little.
-    kinds = text.get("layer_types")
-    full = sum("full" in kind for kind in kinds) if kinds else layers
+    head_size = text.get("head_dim") or text["hidden_size"] // heads
+    # Layers with a sliding window, or with a state instead of a cache, need little memory.
+    types = text.get("layer_types")
+    full_layers = sum("full" in each for each in types) if types else layers
     key_heads = text.get("num_key_value_heads") or heads
-    # More GPUs than heads of keys have copies.
-    return float(2 * full / plan.pipeline * max(key_heads / plan.tensor, 1) * head * size)
+    # With more GPUs than key heads, each GPU has a copy of one head.
+    return float(2 * full_layers / plan.pipeline * max(key_heads / plan.tensor, 1) * head_size * size)
 
 
 def _gb(size: float) -> str:

@@ -1,95 +1,82 @@
-"""What a start needs of the Hugging Face Hub: the model, and what settings name besides it. Pure: asks nobody."""
+"""The Hugging Face repositories that the settings name, and the files that each must have. Makes no requests."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from worker.settings import flags
-from worker.settings.settings import Settings
+from worker.settings import Settings
 
+GGUF = ".gguf"
+FORMATS = (".safetensors", ".bin", ".pt", GGUF)
+"""Formats of weights. vLLM loads the first one that a folder has."""
 CONFIGURATION = ("config.json", "params.json")
 TOKENIZER = ("tokenizer*", "vocab.*", "tekken.json", "spiece.model", "*.tiktoken")
 ADAPTER = ("adapter_config.json",)
-GGUF = ".gguf"
+NO_GGUF = (
+    "vLLM loads GGUF files only with a plugin, which is not installed. Choose a repository with safetensors; AWQ, GPTQ "
+    "and FP8 models are small too."
+)
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """One repository of the Hub, or what is meant of it."""
+    """A repository of the Hugging Face Hub, or the part of it that is needed."""
 
     name: str
+    """ORG/NAME."""
     variable: str
-    """Which names it."""
+    """The variable that names it."""
     revision: str | None = None
     path: str | None = None
-    """Its folder or its file that is meant, if not all of it."""
-    needs: tuple[tuple[str, ...], ...] = (CONFIGURATION,)
-    """Patterns in groups: of each group a file has to be there."""
+    """The folder or the GGUF file that is needed. None: the whole repository."""
+    required: tuple[tuple[str, ...], ...] = (CONFIGURATION,)
+    """Groups of file name patterns. A complete snapshot has a file of each group."""
     has_weights: bool = True
 
     @property
-    def written(self) -> str:
-        """How settings name it."""
+    def value(self) -> str:
+        """The name as the variable has it: with the GGUF file, if only that is needed."""
         return f"{self.name}/{self.path}" if self.is_file else self.name
 
     @property
     def is_file(self) -> bool:
-        """Whether one file is meant."""
+        """Whether only one GGUF file is needed."""
         return self.path is not None and self.path.endswith(GGUF)
 
 
-def model(settings: Settings, values: Mapping[str, str]) -> Repository:
-    """Return the model, `ORG/NAME` or, with a file of it, `ORG/NAME/FILE.gguf`."""
+def model(settings: Settings) -> Repository:
+    """Return the model's repository. MODEL_NAME is ORG/NAME or ORG/NAME/FILE.gguf."""
     name, path = settings.model_name, settings.model_subfolder
     if name.endswith(GGUF) and name.count("/") > 1:
         organization, repository, path = name.split("/", 2)
         name = f"{organization}/{repository}"
-    brings_tokenizer = values.get("TOKENIZER", name) == name
-    needs = (CONFIGURATION, TOKENIZER) if brings_tokenizer else (CONFIGURATION,)
-    return Repository(name, "MODEL_NAME", settings.model_revision, path, needs)
+    has_tokenizer = settings.libraries.tokenizer in (None, name)
+    required = (CONFIGURATION, TOKENIZER) if has_tokenizer else (CONFIGURATION,)
+    return Repository(name, "MODEL_NAME", settings.model_revision, path, required)
 
 
-def wanted(settings: Settings, values: Mapping[str, str]) -> list[Repository]:
-    """Return all that is needed, the model first."""
-    return [model(settings, values), *besides(settings, values)]
+def others(settings: Settings) -> list[Repository]:
+    """Return the repositories needed besides the model: tokenizer, configuration, draft models and LoRA adapters."""
+    libraries, tokenizer = settings.libraries, settings.libraries.tokenizer or ""
+    repositories = [
+        Repository(tokenizer, "TOKENIZER", libraries.tokenizer_revision, required=(TOKENIZER,), has_weights=False),
+        Repository(libraries.hf_config_path or "", "HF_CONFIG_PATH", has_weights=False),
+        *(Repository(name, variable, revision) for variable, name, revision in libraries.draft_models),
+        *(Repository(name, variable, required=(ADAPTER,)) for variable, name in libraries.adapters),
+    ]
+    by_name = {each.name: each for each in repositories if _ID.fullmatch(each.name) and not Path(each.name).exists()}
+    return [repository for name, repository in by_name.items() if name != settings.model_name]
 
 
-def besides(settings: Settings, values: Mapping[str, str]) -> list[Repository]:
-    """Return what is needed beside the model: a tokenizer, LoRA adapters, a draft model."""
-    named = {one.name: one for one in _named(values) if _ID.fullmatch(one.name) and not Path(one.name).exists()}
-    return [one for name, one in named.items() if name != settings.model_name]
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Return the names of the files that vLLM loads weights from if a folder has files with these `names`.
 
-
-def _named(values: Mapping[str, str]) -> Iterator[Repository]:
-    yield Repository(
-        values.get("TOKENIZER", ""),
-        "TOKENIZER",
-        values.get("TOKENIZER_REVISION"),
-        needs=(TOKENIZER,),
-        has_weights=False,
-    )
-    yield Repository(values.get("HF_CONFIG_PATH", ""), "HF_CONFIG_PATH", has_weights=False)
-    yield Repository(values.get("SPEC_MODEL", ""), "SPEC_MODEL")
-    draft = _object(values.get("SPECULATIVE_CONFIG", ""))
-    yield Repository(str(draft.get("model", "")), "SPECULATIVE_CONFIG", draft.get("revision"))
-    for path in _object(values.get("DEFAULT_MM_LORAS", "")).values():
-        yield Repository(str(path), "DEFAULT_MM_LORAS", needs=(ADAPTER,))
-    with suppress(ValueError):
-        for item in flags.items(values.get("LORA_MODULES", "")):
-            path = _object(item).get("path", "") if item.startswith("{") else item.partition("=")[2]
-            yield Repository(str(path), "LORA_MODULES", needs=(ADAPTER,))
-
-
-def _object(text: str) -> dict[str, Any]:
-    """Return the JSON object that a value is; what is none is told by vLLM's parser."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+    vLLM loads one format, and of the two copies in Mistral's repositories the one named `consolidated`
+    (vllm/model_executor/model_loader/default_loader.py).
+    """
+    names = sorted(names)
+    files = next(filter(None, ([name for name in names if name.endswith(suffix)] for suffix in FORMATS)), [])
+    return [name for name in files if name.startswith("consolidated")] or files

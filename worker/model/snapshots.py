@@ -1,14 +1,15 @@
-"""What is on disk already: where caches are, and whether what is there is complete. Asks nobody else."""
+"""Finds complete snapshots of repositories in caches on disk. Makes no requests."""
 
 import fnmatch
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
-from worker.model.repositories import GGUF, Repository
-from worker.settings.settings import Settings
+from worker.model.repositories import GGUF, Repository, weight_files
+from worker.settings import Settings
 
 BAKED = Path("/models")
 """Where the image's build puts a model."""
@@ -16,122 +17,123 @@ HUB_FOLDER = Path("huggingface-cache/hub")
 """RunPod's cache of models on a network volume."""
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
-_HEADER_BYTES = 100_000_000
-FORMATS = (".safetensors", ".bin", ".pt", GGUF)
-"""Of weights; vLLM loads the first that is there."""
+_MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format."""
 
 
-def caches(settings: Settings, environ: Mapping[str, str]) -> list[Path]:
-    """Return the folders in the Hub's layout that may hold the model, the fastest first."""
-    home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
-    said = [settings.download_dir, environ.get("HF_HUB_CACHE"), home / "hub"]
+def caches(settings: Settings) -> list[Path]:
+    """Return the folders with the layout of the Hub's cache that may hold the model, the fastest first."""
+    download_dirs = [Path(settings.download_dir)] if settings.download_dir else []
     volume = Path(settings.base_path) / HUB_FOLDER
-    return list(dict.fromkeys(Path(folder) for folder in (BAKED, *said, volume) if folder))
+    return list(dict.fromkeys((BAKED, *download_dirs, *settings.libraries.hub_caches, volume)))
 
 
-def download_folder(settings: Settings, environ: Mapping[str, str]) -> Path | None:
-    """Return the cache into which a model is downloaded; None: the Hub's own."""
+def download_folder(settings: Settings) -> Path | None:
+    """Return the cache to download to. None: the default of the Hub's library."""
     if settings.download_dir:
         return Path(settings.download_dir)
     volume = Path(settings.base_path)
-    if volume.is_dir() and not {"HF_HOME", "HF_HUB_CACHE"} & environ.keys():
+    if volume.is_dir() and not settings.libraries.chosen_cache:
         return volume / HUB_FOLDER
     return None
 
 
-def find(wanted: Repository, roots: Iterable[Path]) -> Path | None:
-    """Return the folder of a complete snapshot in one of the caches, or the file of it that is wanted."""
+def find(repository: Repository, roots: Iterable[Path]) -> Path | None:
+    """Return the first complete snapshot in the caches: its folder, or the subfolder or file that is needed."""
     for root in roots:
-        for repository in _repositories(root, wanted.name):
-            snapshot = _snapshot(repository, wanted.revision)
+        for folder in _cache_folders(root, repository.name):
+            snapshot = _snapshot(folder, repository.revision)
             if snapshot is None or marker(snapshot).exists():
                 continue
-            if is_complete(path := snapshot / (wanted.path or ""), wanted):
+            if is_complete(path := snapshot / (repository.path or ""), repository):
                 return path
     return None
 
 
 def marker(snapshot: Path) -> Path:
-    """Return the file that is there while a snapshot is being downloaded, and for as long as it has not been."""
+    """Return the path of the file that marks a snapshot as incomplete. It exists until the download is complete."""
     return snapshot.parent.parent / f"incomplete-{snapshot.name}"
 
 
-def _repositories(root: Path, name: str) -> Iterator[Path]:
-    """Yield the cache's folders of a model; RunPod's have been seen in lower case."""
-    wanted = f"models--{name.replace('/', '--')}"
+def _cache_folders(root: Path, name: str) -> list[Path]:
+    """Return a repository's folders in a cache. Some of RunPod's have lower-case names."""
+    expected = f"models--{name.replace('/', '--')}"
     try:
-        entries = list(root.iterdir())
+        folders = [folder for folder in root.iterdir() if folder.name.lower() == expected.lower()]
     except OSError:
-        return
-    yield from (entry for entry in entries if entry.name == wanted)
-    yield from (entry for entry in entries if entry.name != wanted and entry.name.lower() == wanted.lower())
+        return []
+    return sorted(folders, key=lambda folder: folder.name != expected)
 
 
-def _snapshot(repository: Path, revision: str | None) -> Path | None:
-    """Return the folder of a branch, a tag or a commit; a cache with a single snapshot and no branch has that one."""
-    snapshots = repository / "snapshots"
-    try:
-        commit = (repository / "refs" / (revision or "main")).read_text().strip()
-    except OSError:
-        commit = revision or ""
+def _snapshot(folder: Path, revision: str | None) -> Path | None:
+    """Return the snapshot of a branch, tag or commit. Without a default branch, the only snapshot is the default."""
+    snapshots = folder / "snapshots"
+    commit = revision
+    with suppress(OSError):
+        commit = (folder / "refs" / (revision or "main")).read_text().strip()
     if commit and (snapshots / commit).is_dir():
         return snapshots / commit
-    if revision is None:
-        try:
-            (only,) = snapshots.iterdir()
-        except (OSError, ValueError):
-            return None
-        return only
-    return None
-
-
-def is_complete(path: Path, wanted: Repository) -> bool:
-    """Tell whether every file that is wanted is there, weights with the size that they say of themselves."""
     try:
-        if wanted.is_file:
+        (snapshot,) = snapshots.iterdir()
+    except (OSError, ValueError):
+        return None
+    return None if revision else snapshot
+
+
+def is_complete(path: Path, repository: Repository) -> bool:
+    """Return whether all required files exist and every weight file has the size that its header states."""
+    try:
+        if repository.is_file:
             return path.stat().st_size > 0
         names = {file.name for file in path.iterdir() if file.is_file()}
-        if not all(any(fnmatch.filter(names, pattern) for pattern in group) for group in wanted.needs):
+        if not all(any(fnmatch.filter(names, pattern) for pattern in group) for group in repository.required):
             return False
-        return not wanted.has_weights or _has_whole_weights(path, names)
+        return not repository.has_weights or _has_complete_weights(path, names)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
-        # Whatever else is in a foreign file.
+        # Headers and indexes may contain anything.
         return False
 
 
-def asks_for_more(folder: Path) -> bool:
-    """Tell whether a model's configuration names code in another repository of the Hub."""
+def has_remote_code(folder: Path) -> bool:
+    """Return whether a model's configuration refers to code in another repository."""
     try:
         return "--" in json.dumps(json.loads((folder / "config.json").read_text()).get("auto_map", {}))
     except (OSError, ValueError, AttributeError):
         return False
 
 
-def _has_whole_weights(folder: Path, names: set[str]) -> bool:
-    suffix = next((one for one in FORMATS if any(name.endswith(one) for name in names)), None)
-    if suffix is None:
+def weight_paths(folder: Path) -> list[Path]:
+    """Return the files in a folder that vLLM loads weights from. GGUF is left out: vLLM loads one file of several."""
+    names = weight_files(file.name for file in folder.glob("*"))
+    return [folder / name for name in names if not name.endswith(GGUF)]
+
+
+def _has_complete_weights(folder: Path, names: set[str]) -> bool:
+    files = weight_files(names)
+    if not files:
         return False
-    named = {file for file in _named_in_indexes(folder, names) if file.endswith(suffix)}
-    weights = named or {name for name in names if name.endswith(suffix)}
-    return named <= names and all(_is_whole(folder / name, names, numbered=not named) for name in weights)
+    indexed = {name for name in _indexed(folder, names) if Path(name).suffix == Path(files[0]).suffix}
+    return indexed <= names and all(_is_complete_file(folder / name, names, bool(indexed)) for name in indexed or files)
 
 
-def _named_in_indexes(folder: Path, names: Iterable[str]) -> set[str]:
+def _indexed(folder: Path, names: Iterable[str]) -> set[str]:
+    """Return the files that the folder's index files list."""
     indexes = (json.loads((folder / name).read_text()) for name in names if name.endswith(".index.json"))
     return {file for index in indexes for file in index.get("weight_map", {}).values()}
 
 
-def _is_whole(file: Path, names: set[str], numbered: bool) -> bool:
-    """Tell whether a file has its size and, of a set told by numbers, the others are there."""
-    if numbered and (shard := _SHARD.search(file.name)):
-        others = (f"{file.name[: shard.start()]}-{number:05}-of-{shard[2]}." for number in range(1, int(shard[2]) + 1))
-        if not all(any(name.startswith(other) for name in names) for other in others):
+def _is_complete_file(file: Path, names: set[str], is_indexed: bool) -> bool:
+    """Return whether a file has its full size and, without an index, all shards of its set exist."""
+    if not is_indexed and (shard := _SHARD.search(file.name)):
+        stem, count = file.name[: shard.start()], shard[2]
+        shards = (f"{stem}-{number:05}-of-{count}." for number in range(1, int(count) + 1))
+        if not all(any(name.startswith(shard) for name in names) for shard in shards):
             return False
     if file.suffix != ".safetensors":
         return file.stat().st_size > 0
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
-        if length > _HEADER_BYTES:
+        if length > _MAX_HEADER_BYTES:
             return False
         header = json.loads(opened.read(length))
     ends = (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")

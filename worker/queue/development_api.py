@@ -1,4 +1,4 @@
-"""The SDK's test server (`--rp_serve_api`), with errors told as FAILED: its own turns a generator's into a KeyError."""
+"""The SDK's test server (`--rp_serve_api`) with FAILED jobs. The SDK turns a generator's error into a KeyError."""
 
 import threading
 import uuid
@@ -13,7 +13,7 @@ from worker.queue import local
 
 
 class DevelopmentAPI(rp_fastapi.WorkerAPI):  # type: ignore[misc]
-    """The SDK's server; only how it runs a job is replaced."""
+    """The SDK's server, with another way to run a job."""
 
     async def _sim_runsync(self, job_request: DefaultRequest) -> JobOutput:
         return await self._run(f"test-{uuid.uuid4()}", job_request.input, job_request.webhook)
@@ -37,5 +37,5 @@ class DevelopmentAPI(rp_fastapi.WorkerAPI):  # type: ignore[misc]
 
 
 def install() -> None:
-    """Put the server in the place of the SDK's."""
+    """Have the SDK start this server instead of its own."""
     rp_fastapi.WorkerAPI = DevelopmentAPI

@@ -1,174 +1,106 @@
-"""One job from its input to its last yield: parse → call the engine → frame → yield."""
+"""RunPod's handler: a job's input → one request through the pipeline → yields."""
 
-import asyncio
 import json
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
 
-from worker.errors import (
-    ENGINE_DIED,
-    EngineResponseError,
-    InternalError,
-    JobError,
-    JobTimeoutError,
-    Json,
-    NotOfThisModelError,
-    UnavailableError,
-)
-from worker.request import inputs as jobs
+from worker.errors import EngineResponseError, JobError, Json, NotOfThisModelError
 from worker.request import sse
-from worker.request.asgi import App, Request, Response, exchange
-from worker.request.pace import Pace, paced
-from worker.settings.settings import Settings
-from worker.telemetry.jobs import Record, Telemetry
-from worker.telemetry.logs import frames
+from worker.request.asgi import App, Message, Receive, Request, Response, Send, exchange
+from worker.request.inputs import JobInput, StreamForm
+from worker.request.pace import Pace, current_pace
+from worker.request.pipeline import Pipeline, only_job_errors
+from worker.settings import Settings
 
-T = TypeVar("T")
 Job = dict[str, Any]
 Output = str | Json | list[Any]
 Handler = Callable[[Job], AsyncGenerator[Output, None]]
 
-log = logging.getLogger(__name__)
 
+class JobHandler:
+    """Answers jobs with an ASGI app: the engine's, or another one with the same routes."""
 
-class Service:
-    """Answers jobs through an engine's ASGI app, which `attach` gives once the event loop runs.
-
-    What the engine says of its own death, as `is_dead` tells, is put in words that a caller can act on.
-    """
-
-    def __init__(
-        self,
-        attach: Callable[[], Awaitable[App]],
-        settings: Settings,
-        telemetry: Telemetry,
-        is_dead: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._attach = attach
+    def __init__(self, app: App, pipeline: Pipeline, settings: Settings) -> None:
+        self._app = pipeline.around(app)
+        self._pipeline = pipeline
         self._settings = settings
-        self._telemetry = telemetry
-        self._is_dead = is_dead
-        self._limits: set[_Limit] = set()
-        self._ended: JobError | None = None
 
-    def end(self, error: JobError) -> None:
-        """End every job that runs, and every one that comes, with an error."""
-        self._ended = error
-        for limit in self._limits:
-            limit.expire(error)
+    async def handle(self, job: Job) -> AsyncGenerator[Output, None]:
+        """Yield a job's output.
 
-    async def handler(self, job: Job) -> AsyncGenerator[Output, None]:
-        """Yield a job's output; RunPod's generator handler.
-
-        Not streaming: one value, the engine's body. Streaming: SSE text for `openai_route`, else lists of chunk
-        objects. The last yield of a job that failed is `{"error": JSON text}`, by which the SDK marks it FAILED;
-        where the caller reads SSE text it is an error event, since the stream is all that RunPod's proxy relays.
+        Without streaming this is one value: the engine's body. With streaming it is SSE text for `openai_route`, and
+        lists of chunk objects for the other inputs. A job that failed ends with `{"error": JSON text}`, by which the
+        SDK marks it FAILED. A reader of SSE text gets an error event instead, because RunPod's proxy passes on nothing
+        but the stream.
         """
-        job_input = job.get("input")
-        form = jobs.stream_form(job_input)
-        with self._telemetry.job(str(job.get("id"))) as record:
-            try:
-                async with aclosing(self._answer(job_input, form, record)) as outputs:
+        job_id, job_input = str(job.get("id")), JobInput(job.get("input"))
+        form = job_input.stream_form
+        try:
+            with only_job_errors(job_id):
+                async with aclosing(self._outputs(job_id, job_input, form)) as outputs:
                     async for output in outputs:
                         yield output
-            except JobError as told:
-                error = UnavailableError(ENGINE_DIED) if told.http_status >= 500 and self._is_dead() else told
-                record.ended_with(error.http_status)
-                for output in _failure(error, form):
-                    yield output
-            except Exception as error:  # noqa: BLE001 - the job's boundary
-                record.ended_with(InternalError.status)
-                log.error("Job %s failed:\n%s", record.request_id, frames(error))
-                for output in _failure(InternalError(record.request_id), form):
-                    yield output
+        except JobError as error:
+            for output in _failure(error, form):
+                yield output
 
-    async def _answer(
-        self, job_input: object, form: jobs.StreamForm | None, record: Record
-    ) -> AsyncGenerator[Output, None]:
-        if self._ended is not None:
-            raise self._ended
-        call = jobs.parse(job_input, self._settings.allow_control_routes)
-        record.path = call.path
-        limit = _Limit(self._settings.request_timeout)
-        self._limits.add(limit)
-        async with AsyncExitStack() as stack:
-            stack.callback(self._limits.remove, limit)
-            app = await self._attach()
-            paced.set(Pace(self._settings.stream_batch_ms / 1000) if self._settings.stream_batch_ms else None)
-            opening = exchange(app, _request(call, record))
-            response = await limit.apply(stack.enter_async_context(opening))
+    async def _outputs(self, job_id: str, job_input: JobInput, form: StreamForm | None) -> AsyncGenerator[Output, None]:
+        app, request = self._prepared(job_id, job_input)
+        milliseconds = self._settings.stream_batch_ms
+        current_pace.set(Pace(milliseconds / 1000) if milliseconds else None)
+        async with exchange(app, request) as response:
             if response.status >= 400:
-                raise _error(response.status, await response.read_all(), call.path)
-            record.stream = response.is_event_stream
-            if not record.stream:
-                yield _value(response, await limit.apply(response.read_all()))
-                record.ended_with(response.status)
+                raise _error(response.status, await response.read_all(), request.path)
+            if not response.is_event_stream:
+                yield _value(response, await response.read_all())
                 return
-            status = response.status
-            async for batch in _batches(response, limit):
+            async for events in _events(response):
                 if form == "sse":
-                    status = sse.status_of(batch) or status
-                    if status >= 500 and self._is_dead():
-                        raise UnavailableError(ENGINE_DIED)
-                    for text in sse.pieces(b"".join(batch).decode()):
+                    for text in sse.texts(events):
                         yield text
                     continue
-                chunks, error = _chunks(batch)
-                if chunks:
-                    yield chunks
-                if error:
-                    raise error
-            record.ended_with(status)
+                for batch in sse.batches(events):
+                    chunks, error = _chunks(batch)
+                    if chunks:
+                        yield chunks
+                    if error:
+                        raise error
 
-
-class _Limit:
-    """Ends what a job waits for when its time is up. It never spans a yield, at which others' code would run."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._error: JobError | None = None if seconds is None else JobTimeoutError(seconds)
-        self._deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
-        self._waiting: asyncio.Timeout | None = None
-
-    def expire(self, error: JobError) -> None:
-        """Have the time be up now, with an error that says why."""
-        self._error, self._deadline = error, asyncio.get_running_loop().time()
-        if self._waiting is not None and not self._waiting.expired():
-            self._waiting.reschedule(self._deadline)
-
-    async def apply(self, work: Awaitable[T]) -> T:
-        """Return the result of `work`.
-
-        Raises:
-            JobError: there is none in time.
-        """
+    def _prepared(self, job_id: str, job_input: JobInput) -> tuple[App, Request]:
+        """Return the app and the request for a job. The app for invalid input answers with the error."""
+        headers = {"x-request-id": job_id}
         try:
-            async with asyncio.timeout_at(self._deadline) as waiting:
-                self._waiting = waiting
-                return await work
-        except TimeoutError:
-            if self._error is None or not waiting.expired():
-                raise
-            raise self._error from None
-        finally:
-            self._waiting = None
+            call = job_input.call(self._settings.allow_control_routes)
+        except JobError as error:
+            return self._pipeline.around(_failing_with(error)), Request("POST", "", "", headers)
+        if call.body is None:
+            return self._app, Request(call.method, call.path, call.query, headers)
+        headers["content-type"] = "application/json"
+        return self._app, Request(call.method, call.path, call.query, headers, json.dumps(call.body).encode())
 
 
-async def _batches(response: Response, limit: _Limit) -> AsyncIterator[list[bytes]]:
-    """Yield the stream's events in batches: each holds what has come while the one before was being posted."""
-    splitter = sse.EventSplitter()
-    while data := await limit.apply(response.read()):
-        for batch in sse.batches(splitter.feed(data)):
-            yield batch
-    for batch in sse.batches(splitter.flush()):
-        yield batch
+def _failing_with(error: JobError) -> App:
+    async def app(_scope: Message, _receive: Receive, _send: Send) -> None:
+        raise error
+
+    return app
 
 
-def _chunks(batch: list[bytes]) -> tuple[list[Any], EngineResponseError | None]:
-    """Return the batch's chunk objects up to the engine's error, and that error, if there is one."""
+async def _events(response: Response) -> AsyncIterator[bytes]:
+    """Yield the stream in whole events: each time all that arrived while the caller was busy with the last ones."""
+    buffer = sse.EventBuffer()
+    while data := await response.read():
+        if events := buffer.feed(data):
+            yield events
+    if rest := buffer.flush():
+        yield rest
+
+
+def _chunks(events: bytes) -> tuple[list[Any], EngineResponseError | None]:
+    """Return the chunk objects up to the engine's error, and that error, if there is one."""
     chunks: list[Any] = []
-    for event in batch:
+    for event in sse.split(events):
         if (chunk := sse.payload(event)) is None:
             continue
         if error := _engine_error(200, chunk):
@@ -177,19 +109,11 @@ def _chunks(batch: list[bytes]) -> tuple[list[Any], EngineResponseError | None]:
     return chunks, None
 
 
-def _request(call: jobs.ApiCall, record: Record) -> Request:
-    headers = {"x-request-id": record.request_id, **record.trace_headers}
-    if call.body is None:
-        return Request(call.method, call.path, call.query, headers)
-    body = json.dumps(call.body).encode()
-    return Request(call.method, call.path, call.query, headers | {"content-type": "application/json"}, body)
-
-
 def _value(response: Response, body: bytes) -> Output:
-    """Return a body as what it is: JSON, text such as the metrics, or, when it is empty, its status.
+    """Return a body as JSON, or as text such as the metrics; for an empty body, its status.
 
     Raises:
-        EngineResponseError: the engine tells an error with status 200, as `/v1/responses` does.
+        EngineResponseError: the body is an error that was sent with status 200, as `/v1/responses` does.
     """
     if not body:
         return {"status": response.status}
@@ -202,7 +126,7 @@ def _value(response: Response, body: bytes) -> Output:
 
 
 def _engine_error(status: int, value: object) -> EngineResponseError | None:
-    """Return the error that a body or a chunk tells, if it does; the status within it counts when HTTP's was 200."""
+    """Return the error that a body or a chunk holds, if any. With status 200, the error's own code is its status."""
     if not isinstance(value, dict) or not isinstance(value.get("error"), dict):
         return None
     return EngineResponseError(status if status >= 400 else value["error"].get("code", 500), value)
@@ -215,15 +139,15 @@ def _error(status: int, body: bytes, path: str) -> JobError:
         value = None
     if status == NotOfThisModelError.status and value == {"detail": "Not Found"}:
         return NotOfThisModelError(path)
-    told = body.decode(errors="replace") or f"The engine answered with HTTP status {status}."
-    return _engine_error(status, value) or EngineResponseError(status, {"error": {"message": told}})
+    message = body.decode(errors="replace") or f"The engine answered with HTTP status {status}."
+    return _engine_error(status, value) or EngineResponseError(status, {"error": {"message": message}})
 
 
-def _failure(error: JobError, form: jobs.StreamForm | None) -> list[Output]:
-    """Return the last yields of a job that failed."""
+def _failure(error: JobError, form: StreamForm | None) -> list[Output]:
+    """Return the last yields of a failed job."""
     if form == "sse":
         body = error.body()
-        # Anthropic's clients tell an error by the event's name, OpenAI's by its data.
+        # Anthropic's clients recognise an error by the event's name, OpenAI's by its data.
         name = "error" if body.get("type") == "error" else None
         return [(sse.event(body, name) + sse.DONE).decode()]
     failed: Json = {"error": json.dumps(error.error(), ensure_ascii=False)}

@@ -1,7 +1,7 @@
-"""Calls an ASGI app in this process: no socket, no HTTP parsing, and the app sees an ordinary client.
+"""ASGI types, and calls of an ASGI app in this process: no socket and no HTTP parsing.
 
-`exchange()` sends one request and gives a `Response` whose body is read as it is produced. Leaving the block early
-is the client's disconnect, by which Starlette and vLLM end what they were doing for it.
+`exchange()` sends one request and returns a `Response` whose body can be read while the app produces it. Leaving the
+block early looks like a client disconnect to the app, and Starlette and vLLM then stop their work for it.
 """
 
 import asyncio
@@ -10,22 +10,40 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from worker.request import race
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 DISCONNECT_SECONDS = 0.1
-"""How long an app may take to notice by itself that its client is gone."""
+"""How long an app gets to notice a disconnect before it is cancelled."""
 
 
 class IncompleteResponseError(Exception):
-    """The app ended before its response did; `__cause__` is what it raised, if anything."""
+    """The app ended without completing its response. `__cause__` is the app's exception, if there was one."""
+
+
+class ClientDisconnectedError(OSError):
+    """The client does not read its response any more. Starlette takes an OSError from `send` for a disconnect."""
+
+
+def header(scope: Message, name: bytes) -> bytes:
+    """Return the value of a request header; `b""` without it."""
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def with_headers(scope: Message, headers: dict[str, str]) -> Message:
+    """Return the scope with these request headers, which replace those of the same names."""
+    added = {name.encode(): value.encode("latin-1", "replace") for name, value in headers.items()}
+    kept = [pair for pair in scope["headers"] if pair[0] not in added]
+    return {**scope, "headers": [*kept, *added.items()]}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request; `headers` are lower-case names with their values."""
+    """One HTTP request. Header names are in lower case."""
 
     method: str
     path: str
@@ -34,7 +52,7 @@ class Request:
     body: bytes = b""
 
     def scope(self) -> dict[str, Any]:
-        """Return the ASGI scope. Version 2.3 makes Starlette listen for the disconnect while it streams."""
+        """Return the ASGI scope. With version 2.3 Starlette listens for a disconnect while it streams."""
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -45,7 +63,7 @@ class Request:
             "raw_path": self.path.encode(),
             "query_string": self.query.encode(),
             "root_path": "",
-            "headers": [(name.encode("latin-1"), value.encode()) for name, value in self.headers.items()],
+            "headers": [(name.encode(), value.encode()) for name, value in self.headers.items()],
             "client": ("127.0.0.1", 0),
             "server": ("127.0.0.1", 80),
             "state": {},
@@ -53,7 +71,7 @@ class Request:
 
 
 class Response:
-    """The app's answer. The status and headers are there from the start; the body is read as it comes."""
+    """The app's response: status and headers from the start, the body as it is produced."""
 
     def __init__(self, request: Request) -> None:
         self.status = 0
@@ -69,14 +87,14 @@ class Response:
 
     @property
     def is_event_stream(self) -> bool:
-        """Whether the body is server-sent events."""
+        """Whether the body consists of server-sent events."""
         return self.headers.get("content-type", "").startswith("text/event-stream")
 
     async def read(self) -> bytes:
-        """Return what has come since the last call, waiting for a first byte; `b""` is the end.
+        """Return the bytes that have arrived since the last call, at least one; `b""` at the end.
 
         Raises:
-            IncompleteResponseError: the app ended before its response.
+            IncompleteResponseError: the app ended before its response was complete.
         """
         await self._readable.wait()
         data = bytes(self._buffer)
@@ -88,10 +106,10 @@ class Response:
         return data
 
     async def read_all(self) -> bytes:
-        """Return the whole body.
+        """Return the rest of the body.
 
         Raises:
-            IncompleteResponseError: the app ended before its response.
+            IncompleteResponseError: the app ended before its response was complete.
         """
         await self._ended.wait()
         self._check_complete()
@@ -99,12 +117,12 @@ class Response:
 
     def _check_complete(self) -> None:
         if not self._complete:
-            raise IncompleteResponseError("the app ended before its response") from self._failure
+            raise IncompleteResponseError("the app did not complete its response") from self._failure
 
-    # The app's side.
+    # The app calls the following methods.
 
     async def receive(self) -> Message:
-        """Give the app the request's body once, then the disconnect when there is one."""
+        """Return the request's body first, then wait for the disconnect."""
         if self._request_body is not None:
             body, self._request_body = self._request_body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -112,7 +130,7 @@ class Response:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Take a message from the app; drop it when the client is gone, as uvicorn does."""
+        """Take a message from the app. After a disconnect it is dropped, as uvicorn does."""
         if self._gone.is_set():
             return
         if message["type"] == "http.response.start":
@@ -135,26 +153,30 @@ class Response:
         self._readable.set()
 
     def app_ended(self, task: asyncio.Future[None]) -> None:
-        """Note that no more will come. What a complete response's app raised afterwards has been answered by it."""
+        """Note the app's end. An exception after a complete response does not matter to the client."""
         self._failure = None if task.cancelled() else task.exception()
         self._end()
 
     async def opened(self) -> None:
-        """Wait for the status; an app that ended without one is an error."""
+        """Wait for the status.
+
+        Raises:
+            IncompleteResponseError: the app ended without one.
+        """
         await self._started.wait()
         if not self.status:
-            raise IncompleteResponseError("the app gave no response") from self._failure
+            raise IncompleteResponseError("the app sent no response") from self._failure
 
     def disconnect(self) -> None:
-        """Be gone, from the app's point of view."""
+        """Report a disconnect to the app."""
         self._gone.set()
 
 
 @asynccontextmanager
 async def exchange(app: App, request: Request, grace: float = DISCONNECT_SECONDS) -> AsyncIterator[Response]:
-    """Send `request` to `app`; at the end of the block the app has stopped working on it.
+    """Send `request` to `app`. When the block ends, the app has stopped working on it.
 
-    An app that does not stop by itself within `grace` seconds is cancelled.
+    An app that does not stop within `grace` seconds after the disconnect is cancelled.
 
     Raises:
         IncompleteResponseError: the app ended without a response.
@@ -170,6 +192,4 @@ async def exchange(app: App, request: Request, grace: float = DISCONNECT_SECONDS
         try:
             await asyncio.wait({task}, timeout=grace)
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+            await race.end(task)

@@ -1,17 +1,15 @@
-"""When a stream's next part goes out: the first at once, a later one when its window has passed since the last.
+"""When the next part of a stream is sent. Pure: the time is an argument.
 
-What the engine generates in between is one part, so a fast stream costs no more to tell than a slow one. Pure: the
-clock comes in as an argument.
+Tokens that are generated while a stream waits become one part, so a fast stream costs no more than a slow one.
 """
 
 from contextvars import ContextVar
 
 
 class Pace:
-    """The pace of one job's stream.
+    """The pace of one stream: the first part at once, then after windows of 1, 2, 4, 4, 4 … times `shortest` seconds.
 
-    The first window is `shortest` seconds, the second twice, every other four times as long: a reader notices 25 ms in
-    the first words and nothing in the tenth line.
+    A reader notices a delay in the first words and none in the tenth line.
     """
 
     def __init__(self, shortest: float) -> None:
@@ -20,14 +18,14 @@ class Pace:
         self._due = float("-inf")
 
     def wait(self, now: float) -> float:
-        """Return for how many seconds the next part has to wait; none when that is not above 0."""
+        """Return the seconds until the next part is due; 0 or less if it is due now."""
         return self._due - now
 
-    def went(self, now: float) -> None:
-        """Note that a part has gone out."""
+    def sent(self, now: float) -> None:
+        """Note that a part was sent."""
         self._due = now + self._window
         self._window = min(2 * self._window, self._longest)
 
 
-paced: ContextVar[Pace | None] = ContextVar("paced", default=None)
-"""The pace of the job in whose context the engine is called; without one, parts go out as they are generated."""
+current_pace: ContextVar[Pace | None] = ContextVar("current_pace", default=None)
+"""The pace of the request that the current task works for; None sends each token at once."""

@@ -1,4 +1,4 @@
-"""The engine's HTTP routes that callers may use, in every mode. Pure."""
+"""The routes that callers may use, in every mode. Pure."""
 
 import re
 from typing import Literal
@@ -31,23 +31,28 @@ ROUTES: dict[str, Method] = {
     "/detokenize": "POST",
     "/version": "GET",
 }
-"""The engine's inference routes; `{id}` stands for one path segment. All others are control routes."""
+"""The engine's inference routes; `{id}` is one path segment. All other routes of the engine are control routes."""
 
 OWN_ROUTES = ("/ping", "/health", "/info", "/metrics")
-"""What the worker itself answers, by GET."""
+"""The worker's own routes, all of them GET."""
 
 CONTROL = "control"
-"""Stands for every route that is in neither list, where a bounded set of names is needed."""
+"""The label of all other routes in metrics."""
 
 _PATTERNS = [(re.compile(re.sub(r"\{id\}", "[^/]+", route)), route) for route in ROUTES]
 
 
 def route_of(path: str) -> str | None:
-    """Return the inference route that a path is of, or None."""
+    """Return the inference route of a path, or None."""
     return next((route for pattern, route in _PATTERNS if pattern.fullmatch(path)), None)
 
 
 def method_of(path: str) -> Method | None:
-    """Return the method of the inference route that a path is of, or None."""
+    """Return the method of a path's inference route, or None."""
     route = route_of(path)
     return ROUTES[route] if route else None
+
+
+def label_of(path: str) -> str:
+    """Return the route of a path for metrics and logs, out of a bounded set."""
+    return route_of(path) or (path if path in OWN_ROUTES else CONTROL)

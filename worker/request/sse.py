@@ -1,73 +1,87 @@
-"""Server-sent events as bytes: split at event borders, gathered into batches, read. Pure: no I/O, no clock.
+"""Server-sent events as bytes: split between events, batched, parsed. Pure: no I/O, no clock.
 
-A batch holds whole events only, so a border between batches can cut neither an event nor a UTF-8 character.
+Text is cut between events wherever possible, so that neither an event nor a UTF-8 character is broken.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 MAX_BATCH_BYTES = 900_000
-"""RunPod takes at most 1 MB in one yield; the rest is room for the envelope."""
+"""RunPod accepts at most 1 MB in one yield. The rest is room for the envelope."""
 
 CHARACTER_BYTES = 6
-"""What a character takes at most within a JSON string: a control character is written as `\\u001f`."""
+"""The most bytes that one character takes in a JSON string: control characters are written as `\\u001f`."""
 
 DONE = b"data: [DONE]\n\n"
 
+_GAPS = (b"\n\n", b"\r\n\r\n")
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n")
+_ERROR_STARTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
 
 
-class EventSplitter:
-    """Cuts a byte stream, arriving in pieces of any size, into whole events with their closing blank line."""
+class EventBuffer:
+    """Collects a byte stream that arrives in pieces of any size, and returns whole events."""
 
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Return the events that `data` completes."""
+    def feed(self, data: bytes) -> bytes:
+        """Return all events that are complete now, each with its closing blank line."""
         buffer = self._rest + data
-        events, start = [], 0
-        for end in _EVENT_END.finditer(buffer):
-            events.append(buffer[start : end.end()])
-            start = end.end()
-        self._rest = buffer[start:]
-        return events
+        end = max((at + len(gap) for gap in _GAPS if (at := buffer.rfind(gap)) >= 0), default=0)
+        self._rest = buffer[end:]
+        return buffer[:end]
 
-    def flush(self) -> list[bytes]:
-        """Return what is left when the stream has ended: an event without its blank line, or nothing."""
+    def flush(self) -> bytes:
+        """Return an event without its blank line, once the stream has ended."""
         rest, self._rest = self._rest, b""
-        return [rest] if rest else []
+        return rest
 
 
-def batches(events: Iterable[bytes], limit: int = MAX_BATCH_BYTES) -> Iterator[list[bytes]]:
-    """Group events, in order, into lists of at most `limit` bytes once posted; a larger event stands alone."""
-    batch: list[bytes] = []
-    size = 0
-    for event in events:
+def split(events: bytes) -> Iterator[bytes]:
+    """Yield the single events, each with its closing blank line."""
+    start = 0
+    for end in _EVENT_END.finditer(events):
+        yield events[start : end.end()]
+        start = end.end()
+    if start < len(events):
+        yield events[start:]
+
+
+def batches(events: bytes, limit: int = MAX_BATCH_BYTES) -> Iterator[bytes]:
+    """Cut events into batches of at most `limit` bytes once posted. An event that is larger is a batch of its own."""
+    if not events:
+        return
+    if posted_size(events) <= limit:
+        yield events
+        return
+    batch, size = bytearray(), 0
+    for event in split(events):
         posted = posted_size(event)
         if batch and size + posted > limit:
-            yield batch
-            batch, size = [], 0
-        batch.append(event)
+            yield bytes(batch)
+            batch, size = bytearray(), 0
+        batch += event
         size += posted
-    if batch:
-        yield batch
+    yield bytes(batch)
 
 
-def pieces(text: str, limit: int = MAX_BATCH_BYTES) -> Iterator[str]:
-    """Cut text that takes more than `limit` bytes once posted; whoever reads the stream joins the pieces again."""
-    if posted_size(text.encode(errors="replace")) <= limit:
-        yield text
-        return
-    most = limit // CHARACTER_BYTES
-    yield from (text[start : start + most] for start in range(0, len(text), most))
+def texts(events: bytes, limit: int = MAX_BATCH_BYTES) -> Iterator[str]:
+    """Return the events as text of at most `limit` bytes each once posted. Only a larger event is cut in pieces."""
+    for batch in batches(events, limit):
+        text = batch.decode()
+        if len(batch) * 2 <= limit or posted_size(batch) <= limit:
+            yield text
+        else:
+            most = limit // CHARACTER_BYTES
+            yield from (text[start : start + most] for start in range(0, len(text), most))
 
 
-def posted_size(event: bytes) -> int:
-    """Return how many bytes an event takes within a JSON string, where quotes and the like are escaped."""
-    return len(event) + sum(map(event.count, (b'"', b"\\", b"\n", b"\r")))
+def posted_size(text: bytes) -> int:
+    """Return the bytes that UTF-8 text takes in a JSON string, where quotes, backslashes and newlines are escaped."""
+    return len(text) + sum(map(text.count, (b'"', b"\\", b"\n", b"\r")))
 
 
 def payload(event: bytes) -> Any | None:
@@ -77,23 +91,18 @@ def payload(event: bytes) -> Any | None:
     return None if data in (b"", b"[DONE]") else json.loads(data)
 
 
-def status_of(parts: Iterable[bytes]) -> int | None:
-    """Return the HTTP status that an error at the start of one of a stream's parts would have; None without one."""
-    for part in parts:
-        if part.startswith(_ERROR_STARTS):
-            first = _EVENT_END.split(part, maxsplit=1)[0]
-            try:
-                code = (payload(first) or {})["error"]["code"]
-            except (ValueError, LookupError, TypeError):
-                code = None
-            return code if isinstance(code, int) else 500
-    return None
-
-
-_ERROR_STARTS = (b'data: {"error"', b"event: error\n", b"event: response.failed\n")
+def error_status(part: bytes) -> int | None:
+    """Return the HTTP status of the error event at the start of a stream's part; None without one."""
+    if not part.startswith(_ERROR_STARTS):
+        return None
+    try:
+        code = (payload(next(split(part))) or {})["error"]["code"]
+    except (ValueError, LookupError, TypeError):
+        code = None
+    return code if isinstance(code, int) else 500
 
 
 def event(value: Any, name: str | None = None) -> bytes:
-    """Return one event, named or not, whose data is `value` as JSON."""
+    """Return one event, with or without a name, whose data is `value` as JSON."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode(errors="replace")

@@ -1,4 +1,4 @@
-"""Variables become vLLM's argument list: `MAX_MODEL_LEN=8k` is `--max-model-len 8k`, and so for every flag it has."""
+"""Turns variables into vLLM's command line: `MAX_MODEL_LEN=8k` becomes `--max-model-len 8k`, and so for every flag."""
 
 import argparse
 import json
@@ -7,7 +7,11 @@ import shlex
 from collections.abc import Callable, Mapping
 
 from worker.errors import ConfigurationError
-from worker.settings.settings import BOOLEANS
+
+BOOLEANS = {
+    **dict.fromkeys(("true", "1", "yes", "on"), True),
+    **dict.fromkeys(("false", "0", "no", "off"), False),
+}
 
 NOT_SETTABLE = frozenset(
     {
@@ -24,18 +28,18 @@ NOT_SETTABLE = frozenset(
         "download_dir",
     }
 )
-"""Flags that are the worker's own business, or, like the token, read by their library without passing through here."""
+"""Flags that the worker sets itself, or that a library reads from the environment, such as the token."""
 
 
 def arguments(
     values: Mapping[str, str],
     parser: argparse.ArgumentParser,
     not_settable: frozenset[str] = frozenset(),
-    told: Callable[[str], str] = str,
+    described: Callable[[str], str] = str,
 ) -> list[str]:
-    """Return the argument list that variables mean to vLLM's `parser`, each value tried by that parser.
+    """Return the command line that the variables stand for. vLLM's `parser` checks each value.
 
-    `told` names a variable and its source.
+    `described` returns a variable's name with its source.
 
     Raises:
         ConfigurationError: one line for each variable whose value the parser refuses, with what it expects.
@@ -49,13 +53,13 @@ def arguments(
             flags = _flags(action, value)
             parser.parse_args(flags)
         except (ValueError, argparse.ArgumentError) as error:
-            mistakes.append(f"{told(variable)}={value!r}: {_detail(error)}; expected {_expected(action)}")
+            mistakes.append(f"{described(variable)}={value!r}: {_detail(error)}; expected {_expected(action)}")
         else:
             words += flags
     try:
         extra = shlex.split(values.get("VLLM_EXTRA_ARGS", ""))
     except ValueError as error:
-        # Without the value, which may hold a key.
+        # The value is left out: it may hold a key.
         mistakes.append(f"VLLM_EXTRA_ARGS: {error}; expected flags as in a shell")
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
@@ -63,7 +67,7 @@ def arguments(
 
 
 def settable(parser: argparse.ArgumentParser, not_settable: frozenset[str] = frozenset()) -> dict[str, argparse.Action]:
-    """Return every variable that stands for a flag of `parser`, with the flag."""
+    """Return the flags of `parser` that can be set, each under the name of its variable."""
     excluded = not_settable | NOT_SETTABLE
     return {
         action.dest.upper(): action
@@ -73,10 +77,10 @@ def settable(parser: argparse.ArgumentParser, not_settable: frozenset[str] = fro
 
 
 def _flags(action: argparse.Action, value: str) -> list[str]:
-    """Return the words of a command line that give `action` the `value`.
+    """Return the command line words that set `action` to `value`.
 
     Raises:
-        ValueError: the flag is a boolean and the value is none.
+        ValueError: the flag is a boolean and the value is not.
     """
     flag = max(action.option_strings, key=lambda name: (not name.startswith("--no-"), len(name)))
     if action.nargs == 0:
@@ -92,7 +96,7 @@ def _flags(action: argparse.Action, value: str) -> list[str]:
 
 
 def items(value: str) -> list[str]:
-    """Split a list written as a JSON array or with commas; items that are JSON objects stay JSON text."""
+    """Split a list, written as a JSON array or separated by commas. Items that are JSON objects stay JSON text."""
     if not value.startswith("["):
         return [json.dumps(json.loads(value))] if value.startswith("{") else [item.strip() for item in value.split(",")]
     return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(value)]

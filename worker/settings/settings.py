@@ -1,22 +1,35 @@
-"""What has been said becomes one frozen `Settings`; what vLLM has flags for is in `worker/flags.py`."""
+"""The worker's own settings as one frozen object. `flags.py` turns the other variables into vLLM's arguments."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from worker.errors import ConfigurationError
-from worker.settings.sources import DEFAULT_MODEL
+from worker.settings import sources
+from worker.settings.flags import BOOLEANS
+from worker.settings.libraries import Libraries
+from worker.settings.sources import DEFAULT_MODEL, Variables
 
 MAX_CONCURRENCY = 512
 
-BOOLEANS = {
-    **dict.fromkeys(("true", "1", "yes", "on"), True),
-    **dict.fromkeys(("false", "0", "no", "off"), False),
-}
+MINIMAL = (
+    "MODEL_NAME",
+    "WORKER_MODE",
+    "RUNPOD_WEBHOOK_GET_JOB",
+    "RUNPOD_POD_ID",
+    "PORT",
+    "PORT_HEALTH",
+    "METRICS_PORT",
+    "WORKER_API_KEY",
+    "STARTUP_FAILURE",
+    "LOG_FORMAT",
+)
+"""The variables that are needed to report to callers that the other ones are wrong."""
 
 
 def _boolean(text: Any) -> Any:
@@ -32,115 +45,121 @@ def _lower(text: Any) -> Any:
 
 
 Boolean = Annotated[bool, BeforeValidator(_boolean)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
 
 
 class Settings(BaseModel):
-    """What the worker itself is told, one field per variable of the same name in capitals."""
+    """The worker's settings. Each field is an environment variable of the same name in capitals."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     model_name: str = Field(default=DEFAULT_MODEL, min_length=1)
-    """A Hugging Face id or a local folder."""
+    """A Hugging Face model id (ORG/NAME) or a local folder."""
     model_revision: str | None = None
-    """A branch, tag or commit on the Hub."""
+    """The branch, tag or commit of the model on the Hugging Face Hub."""
     model_subfolder: str | None = None
-    """The folder of the repository that holds the model, if it is not its root."""
+    """The folder within the repository that holds the model, if it is not the root."""
     base_path: str = "/runpod-volume"
-    """Where a network volume is mounted, whose cache of models is used."""
+    """Where the network volume is mounted. Its model cache is searched, and models are downloaded to it."""
     download_dir: str | None = None
-    """Where models are downloaded to; by default the volume's cache, or where `HF_HOME` says."""
+    """The folder to download models to. Default: the volume's cache, or the folder that `HF_HOME` sets."""
     hf_token: str | None = Field(default=None, repr=False)
-    """For gated and private models."""
+    """The Hugging Face token for gated and private models."""
     compile_cache: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = "auto"
-    """Whether what vLLM compiles is kept on the network volume, where there is one."""
+    """`auto` keeps vLLM's compiled code on the network volume for the next worker; `off` does not."""
     compile_cache_gb: float = Field(default=10.0, gt=0)
-    """How much of the volume that may take."""
+    """The size limit of the compile cache on the network volume, in GB."""
     skip_fit_check: Boolean = False
-    """Whether a model is loaded that does not fit the GPUs, by the worker's estimate."""
+    """Load the model even if the worker's estimate says that it does not fit into GPU memory."""
     max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
-    """Jobs in flight at once; by default twice the engine's `max_num_seqs`, at most 512."""
+    """The number of jobs to run at once. Default: twice the engine's `max_num_seqs`, at most 512."""
     request_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a job is ended with an error; by default the platform's own timeout alone counts."""
+    """Seconds after which a request is ended with an error. Default: no limit but the platform's own."""
     stream_batch_ms: float = Field(default=25.0, ge=0)
-    """How long a batch of a stream gathers events; four times that late in a long one. 0: as soon as possible."""
-    worker_mode: Annotated[Literal["auto", "queue", "http"], BeforeValidator(_lower)] = "auto"
-    """How jobs arrive; `auto`: from RunPod's queue where it gives jobs, over HTTP where `PORT` is set, else locally."""
+    """Milliseconds that a stream collects tokens before it sends them: this long at first, up to four times this long
+    later. 0 sends each token at once."""
+    worker_mode: Annotated[Literal["auto", "queue", "http", "local"], BeforeValidator(_lower)] = "auto"
+    """How requests arrive. `auto`: from RunPod's queue if RunPod set one up, over HTTP if `PORT` is set, else one
+    local job."""
     port: int | None = Field(default=None, ge=1, le=65535)
-    """Where HTTP is served; by default 80 on RunPod and 8000 elsewhere."""
+    """The port of the HTTP server. Default: 80 on RunPod, 8000 elsewhere."""
     port_health: int | None = Field(default=None, ge=1, le=65535)
-    """Where `/ping`, `/health`, `/info` and `/metrics` are served as well."""
+    """A second port for `/ping`, `/health`, `/info` and `/metrics`."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """The same, also for a worker of the queue, which otherwise listens nowhere."""
+    """The same, for a queue worker too, which otherwise opens no port."""
     worker_api_key: tuple[str, ...] = Field(default=(), repr=False)
-    """Keys of which callers over HTTP must send one, separated by commas; by default anybody may call."""
+    """The API keys that HTTP callers may use, separated by commas. Default: no key is needed."""
     max_request_bytes: int = Field(default=30_000_000, ge=1)
-    """The largest body that is read over HTTP."""
+    """The largest request body over HTTP, in bytes."""
+    max_total_request_bytes: int = Field(default=1 << 30, ge=1)
+    """Memory for all request bodies together, waiting ones included, in bytes. A request beyond it gets HTTP 429."""
     max_queue: int | None = Field(default=None, ge=0)
-    """Requests over HTTP that may wait beyond `MAX_CONCURRENCY`; by default four times as many."""
+    """HTTP requests that may wait beyond `MAX_CONCURRENCY`. Default: four times `MAX_CONCURRENCY`."""
     playground: Boolean = False
-    """Whether a page to try the model is served over HTTP, at `/`, to anybody; what it asks the model needs a key."""
+    """Serve a page at `/` to try the model in a browser. The page is public; its requests need a key."""
     media_fetch_timeout: float = Field(default=20.0, gt=0)
-    """Seconds for fetching one link to an image, a video or so on."""
+    """Seconds for downloading one image, video or sound from a link."""
     media_allowed_domains: tuple[str, ...] = ()
-    """The only hosts whose links are fetched, `*.example.org` for every name below one; by default all public ones."""
+    """The only hosts that links may point to; `*.example.org` means every subdomain. Default: all public hosts."""
     media_allowed_ports: tuple[int, ...] = (80, 443, 8080, 8443)
-    """The only ports at which links are fetched."""
+    """The only ports that links may point to."""
     media_allow_private_networks: Boolean = False
-    """Whether links into private networks, and to any port, are fetched; for local work."""
+    """Allow links to private networks and to any port. For local development only."""
     max_image_bytes: int = Field(default=20_000_000, ge=1)
-    """The largest image file."""
+    """The largest image file, in bytes."""
     max_video_bytes: int = Field(default=200_000_000, ge=1)
-    """The largest video file."""
+    """The largest video file, in bytes."""
     max_audio_bytes: int = Field(default=50_000_000, ge=1)
-    """The largest sound file."""
+    """The largest audio file, in bytes."""
     max_image_pixels: int = Field(default=64_000_000, ge=1)
-    """The largest image, or frame of a video."""
+    """The largest image, or video frame, in pixels."""
     image_downscale_pixels: int | None = Field(default=None, ge=1)
-    """To how many pixels a larger image is scaled down; by default none is."""
+    """Scale larger images down to this many pixels. Default: images keep their size."""
     max_video_seconds: float = Field(default=600.0, gt=0)
-    """The longest video."""
+    """The longest video, in seconds."""
     max_video_pixels: int = Field(default=1_000_000_000, ge=1)
-    """What the frames that are taken of a video may come to together."""
+    """The largest sum of pixels of all frames sampled from one video."""
     video_max_frames: int | None = Field(default=None, ge=1)
-    """How many frames are taken of a video at most; by default so many as vLLM takes for the model."""
+    """The largest number of frames sampled from one video. Default: vLLM's own for the model."""
     media_decode_timeout: float = Field(default=120.0, gt=0)
     """Seconds for decoding one video."""
     image_limit: int | None = Field(default=None, ge=0)
-    """Images in one request; vLLM's `--limit-mm-per-prompt` says the same of every kind."""
+    """Images per request. Short for `image` in vLLM's `--limit-mm-per-prompt`."""
     video_limit: int | None = Field(default=None, ge=0)
-    """Videos in one request."""
+    """Videos per request."""
     audio_limit: int | None = Field(default=None, ge=0)
-    """Sounds in one request."""
+    """Audio files per request."""
     drain_seconds: float | None = Field(default=None, ge=0)
-    """What runs is given to end when the worker is told to leave; by default 2.5 for the queue and 30 over HTTP."""
+    """Seconds that running requests get to finish when the worker is stopped. Default: 2.5 for the queue, 30 for
+    HTTP."""
     on_engine_death: Annotated[Literal["fail", "retry"], BeforeValidator(_lower)] = "fail"
-    """What becomes of a job that has said nothing yet when the engine dies: it fails, or is left to the platform."""
+    """What happens to a job without any output when the engine dies: `fail` it, or leave it to RunPod to `retry`."""
     engine_stall_timeout: float = Field(default=300.0, gt=0)
-    """Seconds without any sign of an engine that has requests, after which it counts as dead."""
+    """Seconds without any sign of life after which an engine with requests counts as dead."""
     startup_failure: Annotated[Literal["report", "exit"], BeforeValidator(_lower)] = "report"
-    """Whether a worker that can never start tells the cause to its callers for a while, or leaves at once."""
-    worker_job_loop: Literal["event", "sdk"] = "event"
-    """Which loop takes jobs from the queue: the worker's own, or the SDK's, which knows no grace and no dead engine."""
+    """What a worker does that cannot start: `report` the cause to its callers for a while, or `exit` at once."""
     allow_control_routes: Boolean = False
-    """Whether jobs may call every route of the engine, LoRA loading and profiling included."""
+    """Allow requests to all of vLLM's routes, including those that load LoRA adapters or start the profiler."""
     vllm_extra_args: str = Field(default="", repr=False)
-    """Flags as on a command line, appended last."""
+    """More vLLM flags, written as on a command line. They come last and win."""
     runpod_webhook_get_job: str | None = Field(default=None, repr=False)
-    """Where the platform gives jobs; RunPod sets it."""
+    """The URL for taking jobs from the queue. Set by RunPod."""
     runpod_pod_id: str | None = None
-    """The worker's name on RunPod, which sets it."""
+    """The worker's name. Set by RunPod."""
     log_format: Annotated[Literal["json", "text"], BeforeValidator(_lower)] = "json"
-    """Of every line: the worker's, vLLM's and the SDK's."""
+    """The format of all log lines: the worker's, vLLM's and the RunPod SDK's."""
     log_prompts: Boolean = False
-    """Whether prompts and completions are written to the log."""
-    vllm_logging_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
-    """Of vLLM's lines."""
+    """Write prompts and completions to the log."""
+    vllm_logging_level: LogLevel = "INFO"
+    """The log level of vLLM."""
     otel_exporter_otlp_endpoint: str | None = None
-    """Where traces go; by default nowhere."""
+    """Where to send OpenTelemetry traces. Default: nowhere."""
     otel_exporter_otlp_protocol: Literal["grpc", "http/protobuf"] = "grpc"
-    """How traces go there."""
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = "INFO"
-    """Of the worker's own lines."""
+    """The protocol for traces."""
+    log_level: LogLevel = "INFO"
+    """The log level of the worker."""
+
+    _variables: Variables = PrivateAttr(default=Variables({}, {}))
 
     @field_validator("worker_api_key", "media_allowed_domains", "media_allowed_ports", mode="before")
     @classmethod
@@ -148,14 +167,24 @@ class Settings(BaseModel):
         if not isinstance(text, str):
             return text
         if text.lstrip().startswith("["):
-            # As a list of a YAML file arrives.
+            # A list in the YAML file arrives as JSON.
             return json.loads(text)
         if not (items := tuple(filter(None, map(str.strip, text.split(","))))):
             raise ValueError("expected one or more, separated by commas")
         return items
 
+    @property
+    def variables(self) -> Variables:
+        """Every variable that is set, vLLM's included, and where each comes from."""
+        return self._variables
+
+    @cached_property
+    def libraries(self) -> Libraries:
+        """The variables of vLLM, CUDA and the Hugging Face libraries that the worker reads too."""
+        return Libraries.of(self._variables.values)
+
     def public(self) -> dict[str, Any]:
-        """Return every setting that is no secret."""
+        """Return every setting without secrets."""
         return {
             name: without_password(getattr(self, name)) if field.repr else "***"
             for name, field in type(self).model_fields.items()
@@ -164,108 +193,85 @@ class Settings(BaseModel):
 
     @property
     def mode(self) -> Literal["queue", "http", "local"]:
-        """How jobs arrive."""
+        """How requests arrive."""
         if self.worker_mode != "auto":
             return self.worker_mode
         return "queue" if self.runpod_webhook_get_job else "http" if self.port else "local"
 
     @property
+    def ports(self) -> tuple[int, ...]:
+        """The ports to open in this mode; the HTTP server's own comes first."""
+        http = (self.port or (80 if self.runpod_pod_id else 8000)) if self.mode == "http" else None
+        return tuple(dict.fromkeys(port for port in (http, self.port_health, self.metrics_port) if port))
+
+    @property
     def grace(self) -> float:
-        """Seconds for what runs when the worker is told to leave."""
+        """Seconds that running requests get when the worker is stopped."""
         if self.drain_seconds is not None:
             return self.drain_seconds
-        # RunPod has been seen to remove a queue's container after three seconds.
+        # RunPod has been seen to remove a queue worker's container after three seconds.
         return 30.0 if self.mode == "http" else 2.5
 
     @property
-    def http_port(self) -> int:
-        """Where HTTP is served."""
-        return self.port or (80 if self.runpod_pod_id else 8000)
-
-    @property
     def otlp_traces_endpoint(self) -> str | None:
-        """Where traces go, as vLLM wants it: over HTTP with the path that OpenTelemetry leaves to the client."""
+        """The endpoint for traces as vLLM wants it: for HTTP with the path that OpenTelemetry leaves to the client."""
         endpoint = self.otel_exporter_otlp_endpoint
         if endpoint and self.otel_exporter_otlp_protocol == "http/protobuf":
             return f"{endpoint.rstrip('/')}/v1/traces"
         return endpoint
 
 
-def without_password(value: Any) -> Any:
-    """Return a value without the user name and password of the URL that it may be."""
-    return re.sub(r"//[^/@]*@", "//***@", value) if isinstance(value, str) else value
-
-
-LIBRARY_DEFAULTS = {
-    "RUNPOD_LOG_LEVEL": "INFO",
-    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
-    "RUNPOD_SKIP_GPU_CHECK": "true",
-    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OTEL_SERVICE_NAME": "runpod-vllm-worker",
-}
-"""What vLLM and the SDK are told unless the user says otherwise.
-
-The SDK's DEBUG level prints every chunk of output. Its checks open a CUDA context in the worker's process and call a
-public address; a model that has just generated a token proves more.
-"""
-
-
-OTHER_ALLOCATION = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "KV_TRANSFER_CONFIG"}
-"""What says how memory is allocated, or cannot do, as sleep mode cannot, with segments that grow."""
-
-
-def cache_root(environ: Mapping[str, str]) -> Path:
-    """Return where vLLM keeps what it compiles."""
-    return Path(environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
-
-
-def library_defaults(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what the environment does not set of what vLLM and the SDK should be told."""
-    defaults = dict(LIBRARY_DEFAULTS)
-    if protocol := environ.get("OTEL_EXPORTER_OTLP_PROTOCOL"):
-        # The only one of OpenTelemetry's two names that vLLM reads.
-        defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
-    # Beside what vLLM itself compiles, so that one cache holds all of it.
-    defaults["TRITON_CACHE_DIR"] = str(cache_root(environ) / "triton")
-    defaults["FLASHINFER_WORKSPACE_BASE"] = str(cache_root(environ) / "flashinfer")
-    sleeps = BOOLEANS.get(environ.get("ENABLE_SLEEP_MODE", "").strip().lower()) is True
-    if not sleeps and not OTHER_ALLOCATION & environ.keys():
-        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    # In a file it may have been said, too, and the Hub's library reads it here.
-    token = {"HF_TOKEN": environ["HF_TOKEN"]} if "HF_TOKEN" in environ else {}
-    return token | {name: value for name, value in defaults.items() if name not in environ}
-
-
-BARE = (
-    "MODEL_NAME",
-    "WORKER_MODE",
-    "RUNPOD_WEBHOOK_GET_JOB",
-    "RUNPOD_POD_ID",
-    "PORT",
-    "PORT_HEALTH",
-    "METRICS_PORT",
-    "WORKER_API_KEY",
-    "STARTUP_FAILURE",
-    "LOG_FORMAT",
-)
-"""What has to be known of a worker to say that the rest of its settings is wrong."""
-
-
-def bare(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings without which nobody can be told that the others are wrong."""
-    return {name: environ[name] for name in BARE if name in environ}
-
-
-def load(values: Mapping[str, str], told: Callable[[str], str] = str) -> Settings:
-    """Read the worker's own settings; an empty variable counts as unset. `told` names a variable and its source.
+def read(environ: Mapping[str, str]) -> Settings:
+    """Return the settings from the environment, the configuration file and the presets. Empty variables are unset.
 
     Raises:
-        ConfigurationError: one line for each wrong value.
+        ConfigurationError: a value is wrong; the message has one line for each.
     """
-    said = {name.lower(): value for name, value in values.items() if value.strip()}
+    return from_variables(sources.collect(environ))
+
+
+def read_or_report(environ: Mapping[str, str]) -> tuple[Settings, ConfigurationError | None]:
+    """Return the settings and no error; or the error, and only the settings that are needed to report it to callers.
+
+    Raises:
+        ConfigurationError: even these few are wrong.
+    """
     try:
-        return Settings.model_validate(said)
+        return read(environ), None
+    except ConfigurationError as error:
+        with suppress(ConfigurationError):
+            return from_variables(Variables({name: environ[name] for name in MINIMAL if name in environ}, {})), error
+        raise
+
+
+def from_variables(variables: Variables) -> Settings:
+    """Return the settings in these variables.
+
+    Raises:
+        ConfigurationError: a value is wrong; the message has one line for each.
+    """
+    values = {name.lower(): value for name, value in variables.values.items() if value.strip()}
+    try:
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        lines = [f"{told(str(one['loc'][0]).upper())}={one['input']!r}: {one['msg']}" for one in error.errors()]
+        lines = [
+            f"{variables.described(str(one['loc'][0]).upper())}={one['input']!r}: {one['msg']}"
+            for one in error.errors()
+        ]
         raise ConfigurationError("\n".join(lines)) from None
+    return _with_variables(settings, variables)
+
+
+def defaults(variables: Variables) -> Settings:
+    """Return default settings with these variables, of which only vLLM's count."""
+    return _with_variables(Settings(), variables)
+
+
+def _with_variables(settings: Settings, variables: Variables) -> Settings:
+    settings._variables = variables
+    return settings
+
+
+def without_password(value: Any) -> Any:
+    """Return a value; if it is a URL, without its user name and password."""
+    return re.sub(r"//[^/@]*@", "//***@", value) if isinstance(value, str) else value

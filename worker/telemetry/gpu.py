@@ -1,6 +1,6 @@
-"""The GPUs' memory and utilization, asked of NVML at every scrape; without a GPU there is nothing to tell."""
+"""GPU memory and utilization from NVML, the driver's library. Creates no CUDA context."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,17 +11,17 @@ from prometheus_client.registry import Collector
 
 
 class GpuCollector(Collector):
-    """Metrics of every GPU that the driver shows; `nvml` is the library, initialized."""
+    """Metrics of all GPUs, read at every scrape. `nvml` is the initialized library."""
 
     def __init__(self, nvml: Any = pynvml) -> None:
         self._nvml = nvml
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield one family for each figure, a sample for each GPU."""
+        """Yield one family for each metric, with a sample for each GPU."""
         used = GaugeMetricFamily("worker_gpu_memory_used_bytes", "Memory in use.", labels=["gpu"])
         total = GaugeMetricFamily("worker_gpu_memory_total_bytes", "Memory.", labels=["gpu"])
         busy = GaugeMetricFamily("worker_gpu_utilization_ratio", "Share of time in which a kernel ran.", labels=["gpu"])
-        # Not every GPU tells every figure, and one that has fallen off the bus tells none: what is there is told.
+        # Some GPUs lack a metric, and a failed GPU has none. The other samples are still exported.
         with suppress(pynvml.NVMLError):
             for index in range(self._nvml.nvmlDeviceGetCount()):
                 device = self._nvml.nvmlDeviceGetHandleByIndex(index)
@@ -35,7 +35,7 @@ class GpuCollector(Collector):
 
 
 def installed() -> list[dict[str, Any]]:
-    """Return every GPU's name, and its memory, all of it and what is free, in bytes. No CUDA context is made."""
+    """Return the `name` of every GPU, and its `memory` and `free` memory in bytes."""
     try:
         pynvml.nvmlInit()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -48,17 +48,14 @@ def installed() -> list[dict[str, Any]]:
         return []
 
 
-def visible(environ: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return those of the GPUs that a process may use, in its order; all where that is not told by numbers."""
-    every = installed()
-    named = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if not all(name.strip().isdigit() for name in named):
-        return every
-    return [every[int(name)] for name in named if int(name) < len(every)]
+def visible(numbers: tuple[int, ...] | None) -> list[dict[str, Any]]:
+    """Return the GPUs with these numbers, in this order; None: all GPUs."""
+    gpus = installed()
+    return gpus if numbers is None else [gpus[number] for number in numbers if number < len(gpus)]
 
 
 def driver() -> str | None:
-    """Return the driver's version; None without one."""
+    """Return the version of the driver, or None without a driver."""
     try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
@@ -67,6 +64,6 @@ def driver() -> str | None:
 
 
 def register(registry: CollectorRegistry = REGISTRY) -> None:
-    """Add the GPUs' metrics to the registry where there is a driver."""
+    """Add the GPU metrics to the registry, if there are GPUs."""
     if installed():
         registry.register(GpuCollector())

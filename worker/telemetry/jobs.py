@@ -1,6 +1,6 @@
-"""What is told of each job at its end: one log line, and metrics.
+"""One log line, metrics and a span for each job.
 
-The metrics stand in the same Prometheus registry as vLLM's, so that one exposition holds both.
+The metrics are in the same Prometheus registry as vLLM's, so `/metrics` shows both.
 """
 
 import logging
@@ -16,8 +16,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from worker import __version__
-from worker.request.routes import CONTROL, OWN_ROUTES, route_of
-from worker.telemetry.usage import Meter, metered
+from worker.telemetry.usage import Usage, current_usage
 
 Outcome = Literal["ok", "client_error", "engine_error", "cancelled", "timeout"]
 
@@ -31,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def outcome_of(status: int) -> Outcome:
-    """Return what an HTTP status says of a job."""
+    """Return the outcome of a job that ended with an HTTP status."""
     if status in TIMEOUTS:
         return "timeout"
     return "ok" if status < 400 else "client_error" if status < 500 else "engine_error"
@@ -39,77 +38,75 @@ def outcome_of(status: int) -> Outcome:
 
 @dataclass(slots=True)
 class Record:
-    """One job while it runs; whoever answers it fills in what came of it. One that nobody fills in was cancelled."""
+    """One job. It counts as cancelled until `ended_with` is called."""
 
     request_id: str
-    path: str = ""
+    route: str = ""
+    """The route, out of a bounded set."""
     stream: bool = False
     status: int | None = None
     outcome: Outcome = "cancelled"
     trace_headers: dict[str, str] = field(default_factory=dict)
-    """By which the engine's spans become children of the job's; empty where nothing is traced."""
-    meter: Meter = field(default_factory=Meter)
+    """Headers that make the engine's spans children of the job's span; empty without tracing."""
+    usage: Usage = field(default_factory=Usage)
     began: float = field(default_factory=time.time)
-    """Seconds since the epoch, as the engine counts."""
+    """Seconds since the epoch, like the engine's times."""
     _clock: float = field(default_factory=time.monotonic)
 
     def ended_with(self, status: int) -> None:
-        """Note the HTTP status, or what would be one, with which the job has ended."""
+        """Note the HTTP status with which the job ended. A queue job has the status that it would have over HTTP."""
         self.status = status
         self.outcome = outcome_of(status)
 
     @property
-    def route(self) -> str:
-        """The route of the path, from a bounded set."""
-        return route_of(self.path) or (self.path if self.path in OWN_ROUTES else CONTROL)
-
-    @property
     def modality(self) -> str:
-        """`text`, or what comes with it, such as `image` or `image+video`."""
-        return "+".join(sorted(self.meter.media)) or "text"
+        """`text`, or the kinds of media in the prompt, such as `image+video`."""
+        return "+".join(sorted(self.usage.media)) or "text"
 
     def summary(self) -> dict[str, Any]:
-        """Return the fields of the log line; times are in seconds."""
+        """Return the fields of the log line. Times are in seconds."""
         total = time.monotonic() - self._clock
-        first, tokens = self.meter.first_token_at, self.meter.completion_tokens
+        first, tokens = self.usage.first_token_at, self.usage.completion_tokens
         to_first = None if first is None else max(first - self.began, 0.0)
         decoding = None if to_first is None else total - to_first
         return {
             "request_id": self.request_id,
             "route": self.route,
-            "adapter": self.meter.adapter,
+            "adapter": self.usage.adapter,
             "stream": self.stream,
-            "modalities": {"text": 1, **self.meter.media},
-            "input_tokens": self.meter.prompt_tokens,
+            "modalities": {"text": 1, **self.usage.media},
+            "input_tokens": self.usage.prompt_tokens,
             "output_tokens": tokens,
             "total_seconds": round(total, 4),
-            "queue_seconds": _rounded(self.meter.queue_seconds),
+            "queue_seconds": _rounded(self.usage.queue_seconds),
             "ttft_seconds": _rounded(to_first),
             "tokens_per_second": round((tokens - 1) / decoding, 3)
             if decoding and decoding > 0 and tokens > 1
             else None,
-            "finish_reason": self.meter.finish_reason,
+            "finish_reason": self.usage.finish_reason,
             "outcome": self.outcome,
             "status": self.status,
         }
 
 
 class Telemetry:
-    """The metrics, and the records of the jobs that run."""
+    """The metrics of all jobs, and the records of those that run."""
 
     def __init__(self, model: str, registry: CollectorRegistry = REGISTRY) -> None:
         self._model = model
         self.registry = registry
-        # Does nothing until vLLM, told where traces go, has provided for spans.
+        # Does nothing until vLLM has set up tracing.
         self._tracer = trace.get_tracer("worker")
-        build = Gauge("worker_build_info", "What runs; always 1.", ["version", "model"], registry=registry)
+        build = Gauge(
+            "worker_build_info", "The version and the model; always 1.", ["version", "model"], registry=registry
+        )
         build.labels(__version__, model).set(1)
         labels = ["route", "outcome", "modality"]
         self._jobs = Counter("worker_jobs", "Jobs that have ended.", labels, registry=registry)
         self.running = 0
         """Jobs that run or wait in the engine."""
         self.last_error: dict[str, Any] | None = None
-        """Which job failed last for a reason that was not its caller's."""
+        """The last job that failed through no fault of its caller: its request id, time and status."""
         running = Gauge("worker_jobs_running", "Jobs that run or wait in the engine.", registry=registry)
         running.set_function(lambda: self.running)
         self._tokens = Counter("worker_tokens", "Tokens of jobs.", ["direction"], registry=registry)
@@ -126,23 +123,28 @@ class Telemetry:
         )
         self._fetched = _histogram("worker_media_fetch_seconds", "Fetching a link to media.", registry)
         self._fetched_bytes = Counter("worker_media_fetched_bytes", "Media fetched by link.", registry=registry)
-        self._rejected = Counter("worker_media_rejected", "Media not taken.", ["reason"], registry=registry)
+        self._rejected = Counter("worker_media_rejected", "Media that were rejected.", ["reason"], registry=registry)
         self._media = Counter("worker_media", "Images, videos and so on in prompts.", ["modality"], registry=registry)
-        self.refused = Counter("worker_refused", "HTTP requests refused by the gate.", ["status"], registry=registry)
+        self.refused = Counter(
+            "worker_refused",
+            "HTTP requests that were refused before they reached the engine.",
+            ["status"],
+            registry=registry,
+        )
         self.stream_posts = Counter(
-            "worker_stream_posts", "Parts of streams sent to RunPod's queue.", registry=registry
+            "worker_stream_posts", "Parts of streams posted to RunPod's queue.", registry=registry
         )
 
     @contextmanager
-    def job(self, request_id: str, path: str = "", headers: Mapping[str, str] | None = None) -> Iterator[Record]:
-        """Keep the record of one job; the engine counts in its meter what is asked of it from here on.
+    def job(self, request_id: str, route: str, headers: Mapping[str, str]) -> Iterator[Record]:
+        """Keep the record of one job. The engine adds its requests within the block to the job's usage.
 
-        `headers` may name the caller's span, whose child the job's then is.
+        If `headers` name the caller's span, it becomes the parent of the job's span.
         """
-        span = self._tracer.start_span("job", _PROPAGATOR.extract(headers or {}), SpanKind.SERVER)
-        record = Record(request_id, path)
+        span = self._tracer.start_span("job", _PROPAGATOR.extract(headers), SpanKind.SERVER)
+        record = Record(request_id, route)
         _PROPAGATOR.inject(record.trace_headers, trace.set_span_in_context(span))
-        metered.set(record.meter)
+        current_usage.set(record.usage)
         self.running += 1
         try:
             yield record
@@ -150,9 +152,9 @@ class Telemetry:
             self.running -= 1
             span.set_attributes({"request_id": request_id, "route": record.route, "outcome": record.outcome})
             span.end()
-            self._tell(record)
+            self._report(record)
 
-    def _tell(self, record: Record) -> None:
+    def _report(self, record: Record) -> None:
         summary = record.summary()
         self._jobs.labels(record.route, record.outcome, record.modality).inc()
         self._tokens.labels("input").inc(summary["input_tokens"])
@@ -163,12 +165,12 @@ class Telemetry:
                 histogram.observe(seconds)
         if rate := summary["tokens_per_second"]:
             self._each.observe(1 / rate)
-        for modality, count in record.meter.media.items():
+        for modality, count in record.usage.media.items():
             self._media.labels(modality).inc(count)
-        for fetch in record.meter.fetches:
+        for fetch in record.usage.fetches:
             self._fetched.observe(fetch.seconds)
             self._fetched_bytes.inc(fetch.size)
-        for reason in record.meter.rejections:
+        for reason in record.usage.rejections:
             self._rejected.labels(reason).inc()
         if record.outcome == "engine_error":
             self.last_error = {"request_id": record.request_id, "at": round(time.time()), "status": record.status}

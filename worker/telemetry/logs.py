@@ -1,6 +1,6 @@
-"""How log lines look: the worker's, vLLM's in all its processes, and the SDK's, in one form, on stderr.
+"""One format for all log lines: the worker's, those of all vLLM processes, and the RunPod SDK's. All go to stderr.
 
-stdout is left to a local run's result.
+stdout is kept for the result of a local run.
 """
 
 import logging
@@ -12,10 +12,10 @@ from typing import Any, Literal
 Format = Literal["json", "text"]
 
 PROMPT_LOGGER = "vllm.entrypoints.serve.utils.request_logger"
-"""The logger to which vLLM tells prompts and completions, at its DEBUG level, when it is asked to log requests."""
+"""vLLM's logger for prompts and completions, at level DEBUG, if request logging is on."""
 
 LINK_LOGGER = "vllm.connections"
-"""The logger to which vLLM tells links to media, with whatever key is in their query, as warnings."""
+"""vLLM's logger for media links. Its warnings contain the links' query strings, which may hold keys."""
 
 _FORMATTERS: dict[Format, dict[str, Any]] = {
     "json": {
@@ -35,31 +35,31 @@ _FORMATTERS: dict[Format, dict[str, Any]] = {
 }
 
 
-CALLERS_ERRORS = {"VLLMClientError", "GracefulHTTPError"}
-"""vLLM's classes of errors that are answered, and may quote what they answer."""
+CLIENT_ERRORS = {"VLLMClientError", "GracefulHTTPError"}
+"""vLLM's errors for mistakes of the caller. Their messages may quote the request."""
 
 
-class NoCallersErrors(logging.Filter):
-    """Leaves out what some of vLLM's routes log of an error that is the caller's own."""
+class NoClientErrors(logging.Filter):
+    """Drops log records of errors that are the caller's own. Some of vLLM's routes log them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether the record is to be written."""
+        """Return whether to keep the record."""
         error = record.exc_info[1] if record.exc_info else None
-        return not CALLERS_ERRORS & {one.__name__ for one in type(error).__mro__}
+        return not CLIENT_ERRORS & {one.__name__ for one in type(error).__mro__}
 
 
 class CauseFile(logging.Handler):
-    """Writes the first exception that any process logs into a file, as `TYPE: MESSAGE`."""
+    """Writes the first exception that any process logs to a file, as `TYPE: MESSAGE`."""
 
     def __init__(self, path: str) -> None:
         super().__init__(logging.ERROR)
         self._path = Path(path)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write down the exception of a record, if it has one and is the first."""
+        """Write the record's exception, if it has one and the file does not exist yet."""
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
-            # Nothing is worse off for a cause that nobody can write down, or that is there already.
+            # The file may exist already, or the disk may be full: neither matters for the log.
             with suppress(OSError), self._path.open("x") as file:
                 file.write(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -69,9 +69,9 @@ def configuration(
 ) -> dict[str, Any]:
     """Return a dictionary for `logging.config.dictConfig`, plain enough to be a JSON file that vLLM reads.
 
-    The first exception that is logged is written to the file `cause`.
+    The first logged exception is written to the file `cause`.
     """
-    # The SDK tells every job's input and output at its DEBUG level.
+    # At level DEBUG the SDK logs the input and output of every job.
     sdk_level = "INFO" if level == "DEBUG" and not log_prompts else level
     levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level, LINK_LOGGER: "ERROR"}
     if log_prompts:
@@ -90,7 +90,7 @@ def configuration(
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"line": _FORMATTERS[form]},
-        "filters": {"callers": {"()": f"{__name__}.{NoCallersErrors.__name__}"}},
+        "filters": {"callers": {"()": f"{__name__}.{NoClientErrors.__name__}"}},
         "handlers": handlers,
         "loggers": {name: {"level": level, "handlers": [], "propagate": True} for name, level in levels.items()},
         "root": {"handlers": list(handlers), "level": "WARNING"},
@@ -98,14 +98,14 @@ def configuration(
 
 
 def frames(error: BaseException) -> str:
-    """Return where an error and its causes were raised, and their types, but no message: it may quote a user."""
+    """Return the traceback of an error and its causes without their messages, which may quote a user."""
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     before = f"{frames(cause)}\n" if cause else ""
     return before + "".join([*traceback.format_tb(error.__traceback__), type(error).__qualname__])
 
 
 def log_for_sdk(_sdk_logger: object, message: object, message_level: str = "INFO", job_id: str | None = None) -> None:
-    """Stand in for the SDK's `RunPodLogger.log`, which prints to stdout in two forms of its own."""
+    """Replace the SDK's `RunPodLogger.log`, which prints to stdout in two formats of its own."""
     level = _SDK_LEVELS.get(message_level, logging.INFO)
     logging.getLogger("runpod").log(level, "%s", message, extra={"request_id": job_id} if job_id else None)
 

@@ -1,4 +1,4 @@
-"""What a job has had of the engine, known at any moment and whatever the client asked to be told."""
+"""Engine usage of one job: tokens, media and times, whether or not the client asked for usage statistics."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from worker.errors import Rejection
 
 
 class EngineRequest(Protocol):
-    """One request to the engine, as far as it has got."""
+    """The progress of one request to the engine."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -22,45 +22,45 @@ class EngineRequest(Protocol):
 
     @property
     def media(self) -> Mapping[str, int]:
-        """How many images, videos and so on are in the prompt."""
+        """The number of images, videos and so on in the prompt."""
 
     @property
     def adapter(self) -> str | None:
-        """The LoRA adapter that answers, if one does."""
+        """The LoRA adapter, if one is used."""
 
     @property
     def queue_seconds(self) -> float | None:
-        """How long it waited in the engine's queue; None until it is scheduled."""
+        """Seconds in the engine's queue; None until the request is scheduled."""
 
     @property
     def first_token_at(self) -> float | None:
-        """When the first token came, in seconds since the epoch."""
+        """The time of the first token, in seconds since the epoch."""
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it ended: `stop`, `length`, …; None while it has not, or was aborted."""
+        """Why the request ended: `stop`, `length`, …; None while it runs, or if it was aborted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One link to an image, a video or so on that was fetched."""
+    """One download of media."""
 
     seconds: float
     size: int
     """In bytes."""
 
 
-class Meter:
-    """Adds up the requests that one job makes to the engine, and the media fetched for them."""
+class Usage:
+    """The sum of one job's requests to the engine, and its downloads of media."""
 
     def __init__(self) -> None:
         self._requests: list[EngineRequest] = []
         self.fetches: list[Fetch] = []
         self.rejections: list[Rejection] = []
-        """Why media were not taken."""
+        """The reasons for which media were rejected."""
 
     def add(self, request: EngineRequest) -> None:
-        """Take in a request; it is asked again at every reading, also after it has ended."""
+        """Add a request. Its progress is read at every access, also after its end."""
         self._requests.append(request)
 
     @property
@@ -75,22 +75,22 @@ class Meter:
 
     @property
     def media(self) -> dict[str, int]:
-        """How many images, videos and so on all prompts hold."""
+        """The number of images, videos and so on in all prompts."""
         return dict(sum((Counter(request.media) for request in self._requests), Counter[str]()))
 
     @property
     def adapter(self) -> str | None:
-        """The LoRA adapter that answers, if one does."""
+        """The LoRA adapter, if one is used."""
         return next((request.adapter for request in self._requests if request.adapter), None)
 
     @property
     def queue_seconds(self) -> float | None:
-        """The longest wait in the engine's queue."""
+        """The longest time in the engine's queue, in seconds."""
         return max((wait for request in self._requests if (wait := request.queue_seconds) is not None), default=None)
 
     @property
     def first_token_at(self) -> float | None:
-        """When the first token of all came, in seconds since the epoch."""
+        """The time of the first token of all requests, in seconds since the epoch."""
         return min((time for request in self._requests if (time := request.first_token_at) is not None), default=None)
 
     @property
@@ -99,5 +99,5 @@ class Meter:
         return next((reason for request in reversed(self._requests) if (reason := request.finish_reason)), None)
 
 
-metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
-"""The meter of the job in whose context the engine is called."""
+current_usage: ContextVar[Usage | None] = ContextVar("current_usage", default=None)
+"""The usage of the job that the current task works for."""

@@ -1,0 +1,154 @@
+"""Modes without an engine: which one is chosen, the steps of `run`, and when a worker stops refusing jobs."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+
+import handler
+from worker import modes
+from worker.errors import ConfigurationError, StartupError
+from worker.modes import Mode, Refusal
+from worker.settings import Settings
+from worker.worker import Worker
+
+QUEUE = {"runpod_webhook_get_job": "http://platform/job-take/$ID?"}
+
+
+@pytest.fixture
+def clean_registry() -> Any:
+    """Remove the metrics that a worker adds to Prometheus' global registry."""
+    before = set(REGISTRY._collector_to_names)
+    yield
+    for collector in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(collector)
+
+
+def worker(tmp_path: Path, **settings: Any) -> Worker:
+    return Worker(Settings.model_validate(settings), tmp_path / "cause.txt")
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("argv", "settings", "mode"),
+    [
+        pytest.param([], QUEUE, modes.QueueMode, id="RunPod's queue"),
+        pytest.param([], {**QUEUE, "port": 80}, modes.QueueMode, id="the queue comes before a port"),
+        pytest.param([], {"port": 80}, modes.HttpMode, id="a port"),
+        pytest.param([], {"worker_mode": "http", **QUEUE}, modes.HttpMode, id="http by name"),
+        pytest.param([], {}, modes.LocalMode, id="neither"),
+        pytest.param(["--rp_serve_api"], {}, modes.DevelopmentMode, id="the SDK's test server"),
+        pytest.param(["--test_input", "{}"], {"worker_mode": "local", **QUEUE}, modes.LocalMode, id="one job"),
+    ],
+)
+def test_the_mode_follows_from_options_and_settings(
+    argv: list[str], settings: dict[str, Any], mode: type[Mode], tmp_path: Path
+) -> None:
+    assert type(handler.choose(handler.read_options(argv), worker(tmp_path, **settings))) is mode
+
+
+class ScriptedMode(Mode):
+    """Records its steps, and fails in one of them."""
+
+    def __init__(self, worker: Worker, failing: dict[str, StartupError], can_refuse: bool) -> None:
+        super().__init__(worker)
+        self.steps: list[str] = []
+        self._failing = failing
+        self._can_refuse = can_refuse
+
+    def listen(self, stack: ExitStack) -> None:  # noqa: ARG002
+        self._step("listen")
+
+    def load(self) -> None:
+        self._step("load")
+
+    def serve(self) -> int:
+        self._step("serve")
+        return 7
+
+    @property
+    def can_refuse(self) -> bool:
+        return self._can_refuse
+
+    def refuse(self, error: ConfigurationError) -> None:
+        self._step(f"refuse: {error}")
+
+    def _step(self, name: str) -> None:
+        self.steps.append(name)
+        if name in self._failing:
+            raise self._failing[name]
+
+
+WRONG = ConfigurationError("wrong")
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("failing", "problem", "steps", "state"),
+    [
+        pytest.param({}, None, ["listen", "load", "serve"], "starting", id="all is well"),
+        pytest.param({}, WRONG, ["listen", "refuse: wrong"], "refused", id="wrong settings"),
+        pytest.param({"listen": WRONG}, None, ["listen", "refuse: wrong"], "refused", id="a port in use"),
+        pytest.param({"load": WRONG}, None, ["listen", "load", "refuse: wrong"], "refused", id="vLLM refuses"),
+        pytest.param(
+            {"serve": WRONG}, None, ["listen", "load", "serve", "refuse: wrong"], "refused", id="the app is refused"
+        ),
+    ],
+)
+def test_a_mode_serves_or_refuses(
+    failing: dict[str, StartupError],
+    problem: ConfigurationError | None,
+    steps: list[str],
+    state: str,
+    tmp_path: Path,
+) -> None:
+    mode = ScriptedMode(worker(tmp_path), failing, can_refuse=True)
+    assert modes.run(mode, problem) == (7 if state == "starting" else 0)
+    assert mode.steps == steps
+    assert mode.worker.lifecycle.state == state
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("can_refuse", "settings"), [(False, {}), (True, {"startup_failure": "exit"})], ids=["no callers", "exit"]
+)
+def test_a_mode_that_does_not_refuse_ends_with_the_error(
+    can_refuse: bool, settings: dict[str, str], tmp_path: Path
+) -> None:
+    mode = ScriptedMode(worker(tmp_path, **settings), {"load": WRONG}, can_refuse)
+    with pytest.raises(ConfigurationError, match="wrong"):
+        modes.run(mode, None)
+    assert mode.steps == ["listen", "load"]
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_a_failure_that_may_pass_ends_the_worker(tmp_path: Path) -> None:
+    mode = ScriptedMode(worker(tmp_path), {"load": StartupError("No network.")}, can_refuse=True)
+    with pytest.raises(StartupError, match="No network"):
+        modes.run(mode, None)
+    assert mode.worker.lifecycle.state == "failed"
+    assert "No network." in str(mode.worker.lifecycle.error())
+
+
+async def failing(_job: Any) -> AsyncGenerator[str, None]:
+    yield "no"
+
+
+@pytest.mark.parametrize(("seconds", "jobs"), [(0.05, 100), (60, 2)], ids=["seconds", "jobs"])
+def test_a_worker_stops_refusing_after_a_while(seconds: float, jobs: int) -> None:
+    async def run() -> None:
+        refusal = Refusal(WRONG, seconds, jobs)
+        handle = refusal.counting(failing)
+        waiting = asyncio.create_task(refusal.ended())
+        for _ in range(2):
+            async with aclosing(handle({"id": "job"})) as outputs:
+                assert await anext(outputs) == "no"
+        with pytest.raises(ConfigurationError, match="wrong"):
+            async with asyncio.timeout(5):
+                await waiting
+
+    asyncio.run(run())

@@ -1,0 +1,177 @@
+"""The loaded engine, and vLLM's API over it as an ASGI app."""
+
+import asyncio
+import json
+import logging
+from argparse import Namespace
+from contextlib import aclosing
+
+import torch
+import vllm
+from starlette.applications import Starlette
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from worker.engine import media_errors, patches
+from worker.engine.arguments import changed
+from worker.engine.client import Silence
+from worker.engine.connector import Guard
+from worker.engine.load import FirstCause, Work, load
+from worker.engine.startup_errors import translated
+from worker.errors import Json, StartupError
+from worker.request import race
+from worker.request.asgi import App, Request, exchange
+from worker.settings.settings import MAX_CONCURRENCY, Settings
+
+log = logging.getLogger(__name__)
+
+DEATH_CHECK_SECONDS = 0.5
+SHUTDOWN_SECONDS = 1.0
+"""The time for the engine process to end by itself. Only then does it leave no shared memory behind."""
+BLACK_IMAGE = "data:image/webp;base64,UklGRiAAAABXRUJQVlA4TBQAAAAvP8APAAcQEf0PAAnh/3stov+pHw=="
+
+
+class _Liveness:
+    """Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead."""
+
+    should_exit = False
+
+
+class Engine:
+    """A loaded model and, once attached, vLLM's API over it."""
+
+    def __init__(self, client: AsyncLLM, args: Namespace, settings: Settings) -> None:
+        self._client = client
+        self._args = args
+        self._settings = settings
+        self._silence = Silence(client)
+        # With DISABLE_LOG_STATS the engine sends nothing while it reads a long prompt.
+        self._stall_seconds = float("inf") if args.disable_log_stats else settings.engine_stall_timeout
+        self._liveness = _Liveness()
+        self._attaching = asyncio.Lock()
+        self._app: App | None = None
+        self._lifespan: asyncio.Task[None] | None = None
+
+    @classmethod
+    def load(cls, args: Namespace, settings: Settings, meanwhile: Work, first_cause: FirstCause) -> "Engine":
+        """Load the model. Call it outside any event loop: the platform sees the worker only once the model is loaded.
+
+        `meanwhile` is called in a thread while the engine process loads.
+
+        Raises:
+            ConfigurationError: the model and the settings do not match, or the model does not fit into memory.
+            StartupError: the engine did not start, but another attempt may succeed.
+        """
+        return cls(load(args, settings, meanwhile, first_cause), args, settings)
+
+    @property
+    def concurrency(self) -> int:
+        """The number of jobs to take at once: twice what the engine runs at once, so that some are always waiting."""
+        config = self._client.vllm_config
+        running = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+        return min(2 * running, MAX_CONCURRENCY)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine cannot answer any more."""
+        return self._liveness.should_exit or self._client.errored or self._silence.seconds > self._stall_seconds
+
+    async def died(self) -> None:
+        """Wait until the engine is dead, or has been silent for ENGINE_STALL_TIMEOUT although requests wait."""
+        while not self.is_dead:
+            await asyncio.sleep(DEATH_CHECK_SECONDS)
+            self._silence.add(DEATH_CHECK_SECONDS)
+        # An engine that resumes after its silence stays dead: its requests have failed.
+        self._liveness.should_exit = True
+        if self._silence.seconds > self._stall_seconds:
+            log.error("The engine has been silent for %.0f s while requests wait", self._silence.seconds)
+
+    async def attach(self) -> App:
+        """Return vLLM's API as an ASGI app. The first call builds and tests it; call it in the loop that serves.
+
+        Raises:
+            ConfigurationError: vLLM's API does not support the settings.
+            StartupError: the engine failed at its first generation.
+        """
+        async with self._attaching:
+            if self._app is None:
+                guard = Guard(self._settings, self._args.allowed_media_domains)
+                patches.install(guard)
+                app = media_errors.keep_bodies(await self._build_app(guard))
+                if self._media_limits.get("video"):
+                    guard.decoders.prepare()
+                (await race.first(self._warm_up(app), self._fail_when_dead())).result()
+                self._app = app
+            return self._app
+
+    async def _build_app(self, guard: Guard) -> App:
+        await self._client.reset_mm_cache()
+        tasks = await self._client.get_supported_tasks()
+        app = build_app(self._args, tasks, self._client.model_config)
+        app.state.server = self._liveness
+        media_errors.add_handlers(app)
+        with translated():
+            await init_app_state(self._client, app.state, self._args, tasks)
+        entered = asyncio.Event()
+        self._lifespan = asyncio.create_task(_run_lifespan(app, entered, guard))
+        if (winner := await race.first(self._lifespan, entered.wait())) is self._lifespan:
+            winner.result()
+        return app
+
+    async def _warm_up(self, app: App) -> None:
+        """Generate from a text and from an image, so that no job has to wait for work that is done only once."""
+        await _generate(app, "/v1/completions", {"prompt": "Hello"})
+        if self._media_limits.get("image"):
+            content = [{"type": "image_url", "image_url": {"url": BLACK_IMAGE}}]
+            await _generate(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
+
+    async def _fail_when_dead(self) -> None:
+        await self.died()
+        raise StartupError("The engine died, or stopped answering, during its first generation.")
+
+    @property
+    def _media_limits(self) -> dict[str, int]:
+        """How many parts of each kind a request may have; empty for a text model."""
+        processor = self._client.renderer.mm_processor
+        return dict(processor.info.allowed_mm_limits) if processor else {}
+
+    def describe(self) -> Json:
+        """Return facts about the model and how it runs, for `/info`."""
+        config = self._client.vllm_config
+        model, parallel = config.model_config, config.parallel_config
+        return {
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
+            "served_names": self._args.served_model_name,
+            "max_model_len": model.max_model_len,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "quantization": model.quantization,
+            "media_limits": self._media_limits,
+            "tensor_parallel_size": parallel.tensor_parallel_size,
+            "pipeline_parallel_size": parallel.pipeline_parallel_size,
+            "data_parallel_size": parallel.data_parallel_size,
+            "arguments": changed(self._args),
+        }
+
+    def shutdown(self) -> None:
+        """End the engine's processes."""
+        self._client.shutdown(timeout=SHUTDOWN_SECONDS)
+
+
+async def _run_lifespan(app: Starlette, entered: asyncio.Event, guard: Guard) -> None:
+    """Keep the app's lifespan, which logs the engine's statistics, and `guard` open until this task is cancelled."""
+    async with app.router.lifespan_context(app), aclosing(guard):
+        entered.set()
+        await asyncio.Event().wait()
+
+
+async def _generate(app: App, path: str, body: Json) -> None:
+    data, headers = json.dumps({**body, "max_tokens": 2}).encode(), {"content-type": "application/json"}
+    async with exchange(app, Request("POST", path, headers=headers, body=data)) as response:
+        answer = await response.read_all()
+    if response.status >= 500:
+        raise StartupError(f"The first generation failed: {answer.decode(errors='replace')[:1000]}")
+    if response.status >= 400:
+        # Some models do not generate, or have no chat template.
+        log.info("No warm-up through %s: HTTP %d", path, response.status)

@@ -1,0 +1,217 @@
+"""`python -m worker.model.download [NAME…]`: downloads repositories that the settings name, or all of them.
+
+Prints a JSON object with the folder of each name, or with `error` and `exit_code`.
+"""
+
+import errno
+import fnmatch
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import errors, snapshot_download
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from worker.backoff import Backoff
+from worker.errors import ConfigurationError, StartupError
+from worker.model import repositories, snapshots
+from worker.model.preflight import free_disk
+from worker.model.repositories import FORMATS, GGUF, NO_GGUF, Repository, weight_files
+from worker.settings import Settings, environment, read
+
+log = logging.getLogger(__name__)
+
+NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "*.pth", "original/*", "*.md", ".gitattributes"]
+"""Files that vLLM never loads."""
+REVISION_VARIABLES = {"MODEL_NAME": "MODEL_REVISION", "TOKENIZER": "TOKENIZER_REVISION"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+ATTEMPTS = 3
+PROGRESS_SECONDS = 1.0
+SPARE_BYTES = 1 << 30
+"""Disk space that stays free after a download."""
+
+
+def main(names: Collection[str]) -> int:
+    """Download repositories and print the result; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    result: dict[str, Any] = {}
+    code = 0
+    try:
+        settings = read(environment.read())
+        for repository in (repositories.model(settings), *repositories.others(settings)):
+            if not names or repository.value in names:
+                result[repository.value] = str(download(repository, settings))
+    except StartupError as error:
+        code = error.exit_code
+        result = {"error": str(error), "exit_code": code}
+    sys.stdout.write(json.dumps(result) + "\n")
+    return code
+
+
+def download(repository: Repository, settings: Settings) -> Path:
+    """Download a repository, or the part of it that is needed; return its folder or file.
+
+    Raises:
+        ConfigurationError: the name, the revision or the token is wrong.
+        StartupError: the Hub cannot be reached, or the disk is full.
+    """
+    backoff = Backoff(first=1.0, most=10.0)
+    attempts_left = ATTEMPTS
+    while True:
+        attempts_left -= 1
+        try:
+            return _download(repository, settings)
+        except (ValueError, OSError, httpx2.HTTPError) as error:
+            cause = error.__cause__ if isinstance(error, errors.DryRunError) and error.__cause__ else error
+            if message := _permanent(cause, repository):
+                raise ConfigurationError(message) from None
+            if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+                place = cause.filename or snapshots.download_folder(settings) or "the Hub's cache"
+                raise StartupError(f"{repository.name} cannot be downloaded: {cause.strerror}: {place}") from error
+            if not attempts_left:
+                raise StartupError(
+                    f"{_setting(repository)} is in no local cache and could not be fetched from the Hugging Face "
+                    f"Hub: {type(cause).__name__}. Check the network, or set {repository.variable} to a local folder."
+                ) from error
+            log.warning("The download failed (%s). Trying again", type(cause).__name__)
+            time.sleep(backoff.next())
+
+
+def _download(repository: Repository, settings: Settings) -> Path:
+    path = repository.path
+    fetch = partial(
+        snapshot_download,
+        repository.name,
+        revision=repository.revision,
+        token=settings.hf_token,
+        cache_dir=snapshots.download_folder(settings),
+        allow_patterns=None if path is None else path if repository.is_file else f"{path}/*",
+    )
+    files: Any = fetch(dry_run=True, ignore_patterns=NOT_NEEDED)
+    if not files:
+        place = f"nothing at {path!r}" if path else "no files"
+        raise ConfigurationError(f"{_setting(repository)}: the repository has {place}. Correct the name or the path.")
+    ignored = _ignored({file.filename for file in files}, repository)
+    missing = sum(
+        file.file_size
+        for file in files
+        if file.will_download and not any(fnmatch.fnmatchcase(file.filename, pattern) for pattern in ignored)
+    )
+    snapshot = Path(files[0].local_path).parents[len(Path(files[0].filename).parts) - 1]
+    log.info("Downloading %s, %.1f GB, from the Hugging Face Hub into %s", repository.name, missing / 1e9, snapshot)
+    _check_disk(snapshot, missing)
+    marker = snapshots.marker(snapshot)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    with _progress(snapshot.parent.parent, missing):
+        folder = Path(fetch(ignore_patterns=ignored)) / (path or "")
+    marker.unlink(missing_ok=True)
+    return folder
+
+
+def _ignored(names: Collection[str], repository: Repository) -> list[str]:
+    """Return patterns of the files not to download, given the names of all files.
+
+    Raises:
+        ConfigurationError: vLLM cannot load the format of the weights.
+    """
+    weights = weight_files(names) if repository.has_weights else []
+    suffix = next((suffix for suffix in FORMATS if weights and weights[0].endswith(suffix)), None)
+    if suffix == GGUF and not repository.is_file:
+        raise ConfigurationError(f"{_setting(repository)} has only GGUF files. {NO_GGUF}")
+    ignored = [*NOT_NEEDED, *(f"*{each}" for each in FORMATS if each != suffix)]
+    if fnmatch.filter(names, "model*.safetensors"):
+        # Mistral's second copy of the weights.
+        ignored.append("consolidated*")
+    return ignored
+
+
+def _setting(repository: Repository) -> str:
+    return f"{repository.variable}={repository.value!r}"
+
+
+def _permanent(error: BaseException, repository: Repository) -> str | None:
+    """Return a message for an error of the Hub that another attempt cannot fix; None for other errors."""
+    name, setting = repository.name, _setting(repository)
+    match error:
+        case errors.HFValidationError():
+            return f"{setting}: neither a folder nor a Hugging Face id (ORG/NAME)."
+        case errors.GatedRepoError():
+            return (
+                f"{setting} is gated: ask for access at https://huggingface.co/{name} and set HF_TOKEN to a token of "
+                "an account that has it."
+            )
+        case errors.RevisionNotFoundError():
+            variable = REVISION_VARIABLES.get(repository.variable, repository.variable)
+            return f"{variable}={repository.revision!r}: {name} has no such branch, tag or commit."
+        case errors.RepositoryNotFoundError():
+            return (
+                f"{setting}: the Hugging Face Hub has no such model, or it is private. Check the spelling. "
+                "For a private model, set HF_TOKEN."
+            )
+        case errors.HfHubHTTPError() if error.response is not None and error.response.status_code in (401, 403):
+            return f"HF_TOKEN: the Hugging Face Hub refuses it. Create a token with read access to {name}, or unset it."
+    return None
+
+
+def _check_disk(folder: Path, size: int) -> None:
+    """Check that `size` bytes fit on the disk of a folder, which may not exist yet.
+
+    Raises:
+        StartupError: the disk has too little space.
+    """
+    existing, free = free_disk(folder)
+    if size + SPARE_BYTES > free:
+        raise StartupError(
+            f"The download needs {size / 1e9:.1f} GB and {SPARE_BYTES / 1e9:.1f} GB to spare, but the disk of "
+            f"{existing} has {free / 1e9:.1f} GB free. Give the container a larger disk, or the endpoint a network volume."
+        )
+
+
+@contextmanager
+def _progress(cache: Path, size: int, every: float = PROGRESS_SECONDS) -> Iterator[None]:
+    """Log every tenth of a download of `size` bytes; on a terminal, leave it to the progress bars of the Hub's library.
+
+    `cache` is the repository's folder in the cache, `every` the seconds between two looks at it.
+    """
+    if sys.stderr.isatty() or not size:
+        yield
+        return
+    disable_progress_bars()
+    done = threading.Event()
+
+    def on_disk() -> int:
+        return sum(file.stat().st_size for file in (cache / "blobs").glob("*"))
+
+    def log_tenths(before: int) -> None:
+        logged = 0
+        while not done.wait(every):
+            try:
+                tenths = 10 * (on_disk() - before) // size
+            except OSError:
+                # The Hub's library renames files when they are complete.
+                continue
+            if logged < tenths <= 10:
+                logged = tenths
+                log.info("Downloaded %d %% of %.1f GB", 10 * tenths, size / 1e9)
+
+    thread = threading.Thread(target=log_tenths, args=(on_disk(),), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,276 @@
+"""The way of every request to the engine: small ASGI layers, the same for the queue and for HTTP.
+
+Record → ErrorBoundary → Limits → BodyBudget → engine. Each layer does one thing and can be tested around any ASGI app.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from worker.errors import BodyMemoryError, InternalError, JobError, JobTimeoutError
+from worker.lifecycle import Lifecycle
+from worker.request import race, sse
+from worker.request.asgi import (
+    DISCONNECT_SECONDS,
+    App,
+    ClientDisconnectedError,
+    Message,
+    Receive,
+    Send,
+    header,
+    with_headers,
+)
+from worker.request.routes import label_of
+from worker.settings import Settings
+from worker.telemetry.jobs import Telemetry
+from worker.telemetry.logs import frames
+
+TRACE_HEADERS = (b"traceparent", b"tracestate")
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """The layers around an app. The memory of request bodies is shared by all apps of one pipeline."""
+
+    def __init__(self, settings: Settings, lifecycle: Lifecycle, telemetry: Telemetry) -> None:
+        self._seconds = settings.request_timeout
+        self._lifecycle = lifecycle
+        self._telemetry = telemetry
+        self._memory = BodyMemory(settings.max_total_request_bytes)
+
+    def around(self, app: App) -> App:
+        """Return `app` inside all layers."""
+        app = Limits(BodyBudget(app, self._memory), self._lifecycle, self._seconds)
+        return Record(ErrorBoundary(app, self._lifecycle), self._telemetry)
+
+
+class Record:
+    """Keeps the record of each request: one log line, metrics and a span."""
+
+    def __init__(self, app: App, telemetry: Telemetry) -> None:
+        self._app = app
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        request_id = header(scope, b"x-request-id").decode("latin-1")
+        trace = {name.decode(): header(scope, name).decode("latin-1") for name in TRACE_HEADERS}
+        with self._telemetry.job(request_id, label_of(scope["path"]), trace) as record:
+            status, has_left = 0, False
+
+            async def receive_noting() -> Message:
+                nonlocal has_left
+                message = await receive()
+                has_left = has_left or message["type"] == "http.disconnect"
+                return message
+
+            async def send_noting(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status, record.stream = message["status"], _is_event_stream(message)
+                elif record.stream:
+                    status = sse.error_status(message.get("body", b"")) or status
+                elif status < 400:
+                    status = _error_in_body(message.get("body", b"")) or status
+                await send(message)
+                if message["type"] == "http.response.body" and not message.get("more_body", False) and not has_left:
+                    record.ended_with(status)
+
+            await self._app(with_headers(scope, record.trace_headers), receive_noting, send_noting)
+
+
+class ErrorBoundary:
+    """Turns exceptions into responses: OpenAI's error body, or the last event of a stream that has begun.
+
+    The client gets a fixed sentence for an unforeseen exception, and a sentence that it can act on for the engine's
+    errors after its death.
+    """
+
+    def __init__(self, app: App, lifecycle: Lifecycle) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        response = _Response(send, self._lifecycle)
+        try:
+            with only_job_errors(header(scope, b"x-request-id").decode("latin-1")):
+                await self._app(scope, receive, response.send)
+        except JobError as error:
+            await response.fail(error)
+
+
+class _Response:
+    """A response that can be ended with an error at any time."""
+
+    def __init__(self, send: Send, lifecycle: Lifecycle) -> None:
+        self._send = send
+        self._lifecycle = lifecycle
+        self._is_started = False
+        self._streams = False
+        self._is_complete = False
+
+    async def send(self, message: Message) -> None:
+        """Pass on a message of the app, unless the response is complete already."""
+        if self._is_complete:
+            return
+        if self._is_server_error(message) and self._lifecycle.state == "dead":
+            await self.fail(self._lifecycle.error())
+            return
+        if message["type"] == "http.response.start":
+            self._is_started, self._streams = True, _is_event_stream(message)
+        else:
+            self._is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    def _is_server_error(self, message: Message) -> bool:
+        if message["type"] == "http.response.start":
+            return int(message["status"]) >= 500
+        return self._streams and (sse.error_status(message.get("body", b"")) or 0) >= 500
+
+    async def fail(self, error: JobError) -> None:
+        """End the response with an error."""
+        if self._is_complete:
+            return
+        self._is_complete = True
+        if not self._is_started:
+            await send_error(self._send, error)
+        elif self._streams:
+            await self._send({"type": "http.response.body", "body": sse.event(error.body()) + sse.DONE})
+
+
+class Limits:
+    """Ends a request at its deadline, or when the worker's life is over, whatever the app and the client do."""
+
+    def __init__(self, app: App, lifecycle: Lifecycle, seconds: float | None) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+        self._seconds = seconds
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if self._lifecycle.over.is_set():
+            raise self._lifecycle.error()
+        end = asyncio.ensure_future(self._end())
+
+        async def receive_until_end() -> Message:
+            winner = await race.first(end, receive())
+            # Apps stop their work for a client that disconnects. A cancelled app may leave it running.
+            return {"type": "http.disconnect"} if winner is end else winner.result()
+
+        async def send_until_end(message: Message) -> None:
+            if not end.done():
+                await send(message)
+
+        working = asyncio.ensure_future(self._app(scope, receive_until_end, send_until_end))
+        try:
+            await race.first(working, end)
+            if not end.done():
+                return working.result()
+            await asyncio.wait({working}, timeout=DISCONNECT_SECONDS)
+            raise end.result()
+        finally:
+            await race.end(working, end)
+
+    async def _end(self) -> JobError:
+        """Wait for the request's end and return the error that it ends with."""
+        if self._seconds is None:
+            await self._lifecycle.over.wait()
+            return self._lifecycle.error()
+        try:
+            await asyncio.wait_for(self._lifecycle.over.wait(), self._seconds)
+        except TimeoutError:
+            return JobTimeoutError(self._seconds)
+        return self._lifecycle.error()
+
+
+class BodyMemory:
+    """The bytes of all request bodies that are held, and their limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Reserve `size` bytes. A single request always fits.
+
+        Raises:
+            BodyMemoryError: the other bodies leave too little room.
+        """
+        if self.held and self.held + size > self._limit:
+            raise BodyMemoryError(self.held, self._limit)
+        self.held += size
+
+
+class BodyBudget:
+    """Reads the request's body and counts it, from its first byte until the request ends."""
+
+    def __init__(self, app: App, memory: BodyMemory) -> None:
+        self._app = app
+        self._memory = memory
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        pieces: list[bytes] = []
+        held = 0
+        try:
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                piece = message.get("body", b"")
+                self._memory.take(len(piece))
+                held += len(piece)
+                pieces.append(piece)
+                more = message.get("more_body", False)
+
+            async def receive_body_first() -> Message:
+                if not pieces:
+                    return await receive()
+                body = b"".join(pieces)
+                pieces.clear()
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            await self._app(scope, receive_body_first, send)
+        finally:
+            self._memory.held -= held
+
+
+@contextmanager
+def only_job_errors(request_id: str) -> Iterator[None]:
+    """Log every exception that is not meant for callers, and raise `InternalError` in its place."""
+    try:
+        yield
+    except (JobError, ClientDisconnectedError):
+        raise
+    except Exception as error:  # noqa: BLE001 - the boundary of every request
+        log.error("Request %s failed:\n%s", request_id, frames(error))
+        raise InternalError(request_id) from None
+
+
+async def send_error(send: Send, error: JobError) -> None:
+    """Send an error as the whole response."""
+    body = json.dumps(error.body(), ensure_ascii=False).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.http_status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _is_event_stream(start: Message) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"]
+    )
+
+
+def _error_in_body(body: bytes) -> int | None:
+    """Return the status of an error in a JSON body that was sent with status 200, as `/v1/responses` does."""
+    # Within a JSON string the quotes would be escaped.
+    if b'"error":{' not in body and b'"error": {' not in body:
+        return None
+    try:
+        error = json.loads(body)["error"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    code = error.get("code", 500) if isinstance(error, dict) else None
+    return code if isinstance(code, int) or code is None else 500
