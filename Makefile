@@ -5,10 +5,12 @@ UV_VERSION := 0.13.9
 LOCK := builder/requirements-cpu.txt
 READY := .venv/.ready
 BIN := .venv/bin
+# The tests that need no engine; they run in parallel.
+UNIT := tests --ignore=tests/end_to_end --ignore=tests/project --numprocesses=auto --dist=loadfile
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test check clients conformance bench bench-coldstart endurance soak fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
+.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance soak fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -33,8 +35,15 @@ run: setup ## Run the job in test_input.json with the embedded model, and exit
 	@echo "Starting the worker on the embedded model (its log goes to .run.log); this takes about half a minute" >&2
 	@$(TINY) && $(BIN)/python handler.py 2>.run.log || { code=$$?; tail -n 20 .run.log >&2; exit $$code; }
 
-test: setup ## Run all tests
-	@$(BIN)/python -m pytest
+test: setup ## Run all tests and measure how much of the worker they cover
+	@rm -rf .coverage
+	@$(BIN)/coverage run -m pytest $(UNIT)
+	@$(BIN)/coverage run -m pytest tests/end_to_end tests/project
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
+test-unit: setup ## Run the tests that need no engine
+	@$(BIN)/python -m pytest $(UNIT)
 
 check: setup ## Check format, lint and types, and that vLLM and the SDK still have what the code relies on
 	@$(BIN)/ruff format --check .
@@ -116,4 +125,4 @@ model: setup ## Retrain the embedded model; the result must be identical
 	@$(BIN)/python tests/models/train_tiny_vlm.py
 
 clean: ## Remove everything that setup and runs created
-	rm -rf .venv .venv-* .run.log .prometheus .fuzz .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-* .run.log .prometheus .fuzz .coverage .mypy_cache .ruff_cache .pytest_cache

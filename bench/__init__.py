@@ -1,1 +1,1 @@
-"""Benchmarks: measured side by side with `vllm serve` in one run, never part of the tests."""
+"""Benchmarks, most of which compare the worker with `vllm serve` in the same run. The tests do not run them."""

@@ -1,9 +1,8 @@
-"""`make cancellation`: how soon a job that nobody waits for any more makes room.
+"""`make cancellation`: measures how soon a cancelled job frees its slot.
 
-In the queue: from the cancellation to the next job's answer. The worker takes one job at a time. One that generates for
-long is cancelled while another waits for its slot; the time until that other is answered holds the stop signal, the
-engine's abort, the taking, and the other's one token. Over HTTP: from the client's leaving its stream until the worker
-has no job, as `/health` tells.
+Queue: the worker runs one job at a time. A long job is cancelled while a short one waits. The time from the
+cancellation to the short job's result contains the stop signal, the engine's abort, taking the short job, and its only
+token. HTTP: the time from the moment a client closes its stream until `/health` reports no job.
 """
 
 import asyncio
@@ -25,27 +24,27 @@ SHORT = {"prompt": "Hello", "max_tokens": 1}
 
 
 def main() -> int:
-    """Cancel jobs and report."""
+    """Measure, and print the results as JSON."""
     with (
         tempfile.TemporaryDirectory() as folder,
         worker("worker", Path(folder) / "worker.log", MAX_CONCURRENCY="1") as server,
     ):
         results = asyncio.run(run(server.endpoint_url))
     with tempfile.TemporaryDirectory() as folder, http_worker(Path(folder) / "worker.log") as server:
-        results["over HTTP, after a client has left"] = asyncio.run(run_http(server.base_url))
+        results["over HTTP, after a client has disconnected"] = asyncio.run(run_http(server.base_url))
     sys.stdout.write(json.dumps(results, indent=1) + "\n")
     return 0
 
 
 async def run(url: str) -> dict[str, dict[str, float]]:
-    """Return milliseconds, for jobs that stream and for jobs that do not; first what the short job takes alone."""
+    """Return times in milliseconds: of the short job alone, after a streaming job, and after one without streaming."""
     async with aiohttp.ClientSession() as session:
 
         async def post(route: str, body: object = None) -> Any:
-            async with session.post(f"{url}/{route}", json=body) as answer:
-                return await answer.json()
+            async with session.post(f"{url}/{route}", json=body) as response:
+                return await response.json()
 
-        async def alone() -> float:
+        async def short_job_alone() -> float:
             started = time.perf_counter()
             await post("runsync", {"input": SHORT})
             return time.perf_counter() - started
@@ -60,32 +59,32 @@ async def run(url: str) -> dict[str, dict[str, float]]:
             return time.perf_counter() - started
 
         return {
-            "the short job alone": _milliseconds([await alone() for _ in range(CANCELLATIONS)]),
-            "after a cancelled stream": _milliseconds([await cancelled(True) for _ in range(CANCELLATIONS)]),
-            "after a cancelled whole answer": _milliseconds([await cancelled(False) for _ in range(CANCELLATIONS)]),
+            "the short job alone": _milliseconds([await short_job_alone() for _ in range(CANCELLATIONS)]),
+            "after a cancelled streaming job": _milliseconds([await cancelled(True) for _ in range(CANCELLATIONS)]),
+            "after a cancelled other job": _milliseconds([await cancelled(False) for _ in range(CANCELLATIONS)]),
         }
 
 
 async def run_http(url: str) -> dict[str, float]:
-    """Return milliseconds."""
+    """Return the times in milliseconds from a client's disconnection until the worker has no job."""
     async with aiohttp.ClientSession() as session:
 
-        async def left() -> float:
+        async def after_disconnection() -> float:
             body = {**ENDLESS, "model": "tiny", "stream": True}
             async with session.post(f"{url}/completions", json=body) as stream:
                 await stream.content.readany()
                 stream.close()
             started = time.perf_counter()
             while True:
-                async with session.get(f"{url.removesuffix('/v1')}/health") as answer:
-                    if (await answer.json())["jobs"] == 0:
+                async with session.get(f"{url.removesuffix('/v1')}/health") as response:
+                    if (await response.json())["jobs"] == 0:
                         return time.perf_counter() - started
 
-        return _milliseconds([await left() for _ in range(CANCELLATIONS)])
+        return _milliseconds([await after_disconnection() for _ in range(CANCELLATIONS)])
 
 
 def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    return {"median": round(1000 * statistics.median(seconds), 1), "most": round(1000 * max(seconds), 1)}
+    return {"median": round(1000 * statistics.median(seconds), 1), "maximum": round(1000 * max(seconds), 1)}
 
 
 if __name__ == "__main__":

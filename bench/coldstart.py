@@ -1,7 +1,7 @@
-"""`make bench-coldstart`: from the start of a process to its first generated token, worker and reference in turn.
+"""`make bench-coldstart`: measures the time from the start of a process to its first token, compared with a reference.
 
-The reference is what today's workers do: `vllm serve` as a child, asked every two seconds whether it is there, and then
-runpod imported. Three conditions: empty caches, kept caches, and kept caches with what was read dropped from memory.
+The reference starts as other workers do: it runs `vllm serve` as a child, polls it every two seconds, then imports
+runpod. The conditions are empty caches; kept caches; and kept caches with libraries and model dropped from memory.
 """
 
 import argparse
@@ -45,58 +45,58 @@ with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVN
             time.sleep(2)
     import runpod
     import requests
-    answer = requests.post(f"{base}/v1/completions", json={"model": "tiny", "prompt": "Hello", "max_tokens": 1})
-    answer.raise_for_status()
+    response = requests.post(f"{base}/v1/completions", json={"model": "tiny", "prompt": "Hello", "max_tokens": 1})
+    response.raise_for_status()
     print("token", flush=True)
     server.terminate()
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, write the figures and the plot."""
+    """Measure, then print the table and write the results and the plot to docs/benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m bench.coldstart", description=__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=CONDITIONS)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as kept:
-        results = {condition: _measure(condition, options.pairs, kept) for condition in options.conditions}
-    told = {"cores": os.cpu_count(), "pairs": options.pairs, "model": "tiny", "conditions": results}
+    with tempfile.TemporaryDirectory() as kept_cache:
+        results = {condition: _measure(condition, options.pairs, kept_cache) for condition in options.conditions}
+    summary = {"cores": os.cpu_count(), "pairs": options.pairs, "model": "tiny", "conditions": results}
     out = ROOT / "docs/benchmarks/coldstart"
-    out.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     out.with_suffix(".md").write_text(_table(results))
     _plot(results, out.with_suffix(".svg"))
     sys.stdout.write(_table(results))
     return 0
 
 
-def _measure(condition: str, pairs: int, kept: str) -> dict[str, Any]:
+def _measure(condition: str, pairs: int, kept_cache: str) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"worker": [], "reference": []}
     phases: list[dict[str, float]] = []
     if condition != "empty caches":
-        # Fills the caches.
-        _worker(kept)
-        _reference(kept)
+        # Fill the cache.
+        _worker(kept_cache)
+        _reference(kept_cache)
     for number in range(pairs):
         for name in ("worker", "reference") if number % 2 == 0 else ("reference", "worker"):
-            with tempfile.TemporaryDirectory() as empty:
-                cache = empty if condition == "empty caches" else kept
+            with tempfile.TemporaryDirectory() as empty_cache:
+                cache = empty_cache if condition == "empty caches" else kept_cache
                 if condition.endswith("cold memory"):
-                    _forget()
-                taken, told = _worker(cache) if name == "worker" else (_reference(cache), {})
+                    _drop_page_cache()
+                taken, worker_phases = _worker(cache) if name == "worker" else (_reference(cache), {})
             seconds[name].append(taken)
-            phases += [told] if told else []
+            phases += [worker_phases] if worker_phases else []
             sys.stderr.write(f"{condition}: {name} {taken:.1f} s\n")
-    medians = {name: round(statistics.median(each), 2) for name, each in seconds.items()}
-    ratios = [one / other for one, other in zip(seconds["worker"], seconds["reference"], strict=True)]
+    medians = {name: round(statistics.median(times), 2) for name, times in seconds.items()}
+    ratios = [worker / reference for worker, reference in zip(seconds["worker"], seconds["reference"], strict=True)]
     return {
         "seconds": medians,
         "ratio": round(statistics.median(ratios), 3),
-        "phases": {name: round(statistics.median(each[name] for each in phases), 2) for name in phases[0]},
+        "phases": {name: round(statistics.median(run[name] for run in phases), 2) for name in phases[0]},
     }
 
 
 def _worker(cache: str) -> tuple[float, dict[str, float]]:
-    """Return the seconds until a job that waits in the queue has its token, and the worker's own account of them."""
+    """Return the seconds until a job that waits in the queue is completed, and those of each phase of the start."""
     with StandinServer() as server, tempfile.NamedTemporaryFile("w+") as log:
         job = requests.post(f"{server.endpoint_url}/run", json=JOB, timeout=10).json()["id"]
         environ = os.environ | tiny.environment() | worker_environment(server.port) | {"VLLM_CACHE_ROOT": cache}
@@ -111,26 +111,27 @@ def _worker(cache: str) -> tuple[float, dict[str, float]]:
 
 def _phases(log: Any) -> Iterator[tuple[str, float]]:
     for line in log:
-        if line.startswith("{") and "phase" in (told := json.loads(line)):
-            yield told["phase"], told["seconds"]
+        if line.startswith("{") and "phase" in (record := json.loads(line)):
+            yield record["phase"], record["seconds"]
 
 
 def _reference(cache: str) -> float:
+    """Return the seconds until the reference has generated a token."""
     environ = tiny.environment()
     command = [sys.executable, "-c", REFERENCE, str(free_port()), *vllm_flags(environ)]
     began = time.perf_counter()
-    with subprocess.Popen(  # noqa: S603 - our own program
+    with subprocess.Popen(  # noqa: S603 - the command is fixed
         command, env=os.environ | environ | {"VLLM_CACHE_ROOT": cache}, cwd=ROOT, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
-        told = process.stdout.readline()
+        line = process.stdout.readline()
         taken = time.perf_counter() - began
-    if told != b"token\n":
-        raise RuntimeError(f"vllm serve has not answered; exit code {process.returncode}")
+    if line != b"token\n":
+        raise RuntimeError(f"The reference ended with exit code {process.returncode} before it generated a token.")
     return taken
 
 
-def _forget() -> None:
+def _drop_page_cache() -> None:
     """Drop libraries, bytecode and the model from the page cache."""
     for folder in (Path(sysconfig.get_path("purelib")), MODEL):
         for file in folder.rglob("*"):
@@ -145,8 +146,8 @@ def _table(results: dict[str, Any]) -> str:
     for condition, result in results.items():
         seconds = result["seconds"]
         phases = ", ".join(f"{name} {value:.1f}" for name, value in result["phases"].items() if value >= 0.05)
-        both = f"{seconds['worker']:.1f} s | {seconds['reference']:.1f} s"
-        lines.append(f"| {condition} | {both} | {result['ratio']:.2f} | {phases} |")
+        times = f"{seconds['worker']:.1f} s | {seconds['reference']:.1f} s"
+        lines.append(f"| {condition} | {times} | {result['ratio']:.2f} | {phases} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
-"""`make endurance`: many short jobs in a row: what they cost the worker in memory, and whether each was answered.
+"""`make endurance`: runs many short jobs, checks that each is answered once, and measures the growth of memory.
 
-Prints one JSON object; the exit code is 1 when a job was lost or answered twice, or memory grew by more than 20 MB.
+Prints a JSON object. The exit code is 1 if a job was lost or answered twice, or if memory grew by more than 20 MB.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ALLOWED_GROWTH_MB = 20.0
 
 
 def main(arguments: list[str]) -> int:
-    """Run the jobs and report."""
+    """Run the jobs and print the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.endurance", description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=32)
@@ -30,23 +30,23 @@ def main(arguments: list[str]) -> int:
         asyncio.run(run(server, WARM_UP, options.concurrency))
         before, started = server.memory_mb(), time.monotonic()
         completed = asyncio.run(run(server, options.jobs, options.concurrency))
-        grown, seconds = server.memory_mb() - before, time.monotonic() - started
+        growth, seconds = server.memory_mb() - before, time.monotonic() - started
         records = requests.get(f"{server.endpoint_url}/records", timeout=10).json()
-    doubled = records["duplicate_dones"] + records["late_streams"]
+    duplicates = records["duplicate_dones"] + records["late_streams"]
     result = {
         "jobs": options.jobs,
         "completed": completed,
-        "answered twice or late": doubled,
+        "answered twice or too late": duplicates,
         "jobs/s": round(options.jobs / seconds, 1),
-        "memory after the first 500, MB": round(before, 1),
-        "growth, MB": round(grown, 1),
+        "memory after the first 500 jobs, MB": round(before, 1),
+        "growth of memory, MB": round(growth, 1),
     }
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    return int(completed != options.jobs or doubled > 0 or grown > ALLOWED_GROWTH_MB)
+    return int(completed != options.jobs or duplicates > 0 or growth > ALLOWED_GROWTH_MB)
 
 
 async def run(server: Server, jobs: int, concurrency: int) -> int:
-    """Send so many jobs; return how many were answered as they should be."""
+    """Send `jobs` jobs and return how many were completed with an output."""
     numbers = iter(range(jobs))
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -59,8 +59,8 @@ async def run(server: Server, jobs: int, concurrency: int) -> int:
 
 async def _job(session: aiohttp.ClientSession, url: str, number: int) -> bool:
     job_input = {"prompt": f"Once {number}", "max_tokens": 2, "ignore_eos": True, "stream": number % 2 == 0}
-    async with session.post(f"{url}/runsync", json={"input": job_input}) as answer:
-        result = await answer.json()
+    async with session.post(f"{url}/runsync", json={"input": job_input}) as response:
+        result = await response.json()
     return bool(result["status"] == "COMPLETED" and result["output"])
 
 

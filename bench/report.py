@@ -1,4 +1,4 @@
-"""Medians as a table, as JSON, and as a plot."""
+"""Writes the medians of a benchmark as a table, as JSON and as a plot."""
 
 import json
 from pathlib import Path
@@ -23,16 +23,16 @@ FIGURES = [
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return a Markdown table; each figure with its ratio to the first server's."""
+    """Return a Markdown table of all figures, with their ratios to those of the first server."""
     names = list(result["cells"][0])
-    lines = [f"| at once | way | figure | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
+    lines = [f"| concurrency | mode | figure | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
     for cell in result["cells"]:
         first = cell[names[0]]
-        way = "streaming" if first["stream"] else "whole"
+        mode = "streaming" if first["stream"] else "not streaming"
         for figure in FIGURES:
             if figure in first:
                 values = " | ".join(_value(cell[name][figure], first[figure]) for name in names)
-                lines.append(f"| {first['concurrency']:.0f} | {way} | {figure} | {values} |")
+                lines.append(f"| {first['concurrency']:.0f} | {mode} | {figure} | {values} |")
     return "\n".join(lines) + "\n"
 
 
@@ -41,7 +41,7 @@ def _value(value: float, reference: float) -> str:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Write `path`.json, .md and .svg."""
+    """Write the results to `path` with the extensions .json, .md and .svg."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(_page(result))
@@ -51,9 +51,9 @@ def write(result: dict[str, Any], path: Path) -> None:
 def _page(result: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
     return (
-        f"Medians over the rounds of one run of `{result['command']}`, alternating ({machine}). In brackets the ratio "
-        f"to `vllm serve`. CPU and memory are those of the processes that neither run the model nor stand in for "
-        f"RunPod; a gap lies between two arrivals of new text.\n\n{table(result)}"
+        f"Medians over the rounds of `{result['command']}`, in which the servers took turns ({machine}). The ratio to "
+        f"`vllm serve` is in brackets. CPU time and memory are those of the server without the processes of the model "
+        f"and of RunPod's stand-in. A gap is the time between two arrivals of new text.\n\n{table(result)}"
     )
 
 
@@ -64,7 +64,7 @@ def _plot(cells: list[dict[str, dict[str, float]]], path: Path) -> None:
             points = [cell[server] for cell in cells if bool(cell[server]["stream"]) is stream]
             axis.plot([point["concurrency"] for point in points], [point[name] for point in points], "o-", label=server)
         title = f"{name}, {'' if stream else 'not '}streaming"
-        axis.set(xscale="log", yscale="log", xlabel="requests at once", title=title)
+        axis.set(xscale="log", yscale="log", xlabel="concurrent requests", title=title)
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0].legend()
     figure.savefig(path, metadata={"Date": None})

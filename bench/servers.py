@@ -1,4 +1,4 @@
-"""The servers that are compared, each with an engine of its own and the same model and settings."""
+"""The servers that the benchmarks compare. Each has its own engine, with the same model and settings."""
 
 import os
 import subprocess
@@ -18,33 +18,33 @@ from tests.support.tiny import ROOT
 
 MODEL_PROCESSES = ("VLLM::EngineCore", "VLLM::Worker")
 SDK_LOOP = ("-m", "bench.sdk_loop")
-"""The worker under the SDK's own job loop."""
+"""Arguments for Python that run the worker with the SDK's own job loop."""
 START_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server; `front` are its processes but for the model's and the platform's."""
+    """A running server. `processes` excludes those of the model and of RunPod's stand-in."""
 
     name: str
     base_url: str
-    front: list[psutil.Process]
+    processes: list[psutil.Process]
 
     @property
     def endpoint_url(self) -> str:
-        """Where the platform's stand-in takes jobs."""
+        """The URL of the endpoint at RunPod's stand-in."""
         return self.base_url.removesuffix("/openai/v1")
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time that the front has used so far."""
-        return sum(sum(process.cpu_times()[:2]) for process in self.front)
+        """Return the CPU time that the processes have used so far."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
 
     def memory_mb(self) -> float:
-        """Return the memory of the front; what a forked process shares with its parent counts once."""
-        return sum(process.memory_full_info().pss for process in self.front) / 1e6
+        """Return the memory of the processes. Memory that they share counts once."""
+        return sum(process.memory_full_info().pss for process in self.processes) / 1e6
 
     def posts(self) -> int:
-        """Return how many results its platform has been sent; 0 where there is no platform."""
+        """Return the number of results that RunPod's stand-in has received, or 0 for a server without one."""
         if "/v2/" not in self.base_url:
             return 0
         records = requests.get(f"{self.endpoint_url}/records", timeout=10).json()
@@ -61,13 +61,13 @@ def vllm_serve(log: Path) -> Iterator[Server]:
     with _process(command, environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
         _wait(process, f"{base_url}/models", log)
-        yield Server("vllm serve", base_url, _front(process, []))
+        yield Server("vllm serve", base_url, _server_processes(process))
 
 
 def vllm_flags(environ: dict[str, str]) -> list[str]:
-    """Return what the worker's settings are on vLLM's own command line; what is left are variables of libraries."""
+    """Move the worker's settings from `environ` to flags of vLLM's command line. Variables of libraries stay."""
     model = Path(environ.pop("MODEL_NAME"))
-    # As the worker has it, for answers that tell of it.
+    # The worker resolves the path too, and some responses contain it.
     flags = ["--model", str(model.resolve() if model.exists() else model)]
     for name in [name for name in environ if not name.startswith(("VLLM_", "HF_", "OMP_"))]:
         value = environ.pop(name)
@@ -77,13 +77,14 @@ def vllm_flags(environ: dict[str, str]) -> list[str]:
 
 @contextmanager
 def worker(name: str, log: Path, program: tuple[str, ...] = ("handler.py",), **environ: str) -> Iterator[Server]:
-    """Run the worker behind the platform's stand-in, as RunPod's queue does."""
+    """Run the worker with jobs from a stand-in for RunPod's queue."""
     port = free_port()
     command = [sys.executable, "-m", "standin", "--port", str(port), "--", sys.executable, *program]
     with _process(command, tiny.environment() | environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v2/local/openai/v1"
         _wait(process, f"{base_url}/models", log)
-        yield Server(name, base_url, _front(process, [process]))
+        # The first process is the stand-in.
+        yield Server(name, base_url, _server_processes(process)[1:])
 
 
 @contextmanager
@@ -94,13 +95,12 @@ def http_worker(log: Path) -> Iterator[Server]:
     with _process([sys.executable, "handler.py"], environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
         _wait(process, f"{base_url}/models", log)
-        yield Server("http", base_url, _front(process, []))
+        yield Server("http", base_url, _server_processes(process))
 
 
-def _front(process: psutil.Process, platform: list[psutil.Process]) -> list[psutil.Process]:
-    """Return the server's processes that neither run the model nor are helpers that never run."""
-    family = [process, *process.children(recursive=True)]
-    return [one for one in family if one not in platform and not _runs_model(one)]
+def _server_processes(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and all its descendants, without those that run the model."""
+    return [process, *(child for child in process.children(recursive=True) if not _runs_model(child))]
 
 
 def _runs_model(process: psutil.Process) -> bool:
@@ -116,22 +116,23 @@ def _process(command: list[str], environ: dict[str, str], log: Path) -> Iterator
         try:
             yield process
         finally:
-            family = [*process.children(recursive=True), process]
+            processes = [*process.children(recursive=True), process]
             process.terminate()
-            _, alive = psutil.wait_procs(family, timeout=15)
-            for one in alive:
-                one.kill()
+            _, alive = psutil.wait_procs(processes, timeout=15)
+            for remaining in alive:
+                remaining.kill()
             psutil.wait_procs(alive, timeout=15)
 
 
 def _wait(process: psutil.Popen, url: str, log: Path) -> None:
+    """Wait until `url` answers 200."""
     for _ in range(START_SECONDS):
         if process.poll() is not None:
-            raise RuntimeError(f"it ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(f"The server ended with exit code {process.returncode}:\n{log.read_text()[-3000:]}")
         try:
             if requests.get(url, timeout=60).status_code == 200:
                 return
         except requests.RequestException:
             pass
         time.sleep(1)
-    raise RuntimeError(f"it was not ready after {START_SECONDS} s:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(f"The server was not ready after {START_SECONDS} s:\n{log.read_text()[-3000:]}")

@@ -30,13 +30,9 @@ def main(file: Path) -> int:
 def missing(requirements: str, versions: dict[str, str]) -> list[str]:
     """Return the requirements whose package is not in `versions`, in any version."""
     lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
-    parsed = [Requirement(line) for line in lines if line]
-    applicable = (package for package in parsed if package.marker is None or package.marker.evaluate())
-    return [
-        f"{package.name}{package.specifier}"
-        for package in applicable
-        if canonicalize_name(package.name) not in versions
-    ]
+    pins = [Requirement(line) for line in lines if line]
+    applicable = (pin for pin in pins if pin.marker is None or pin.marker.evaluate())
+    return [f"{pin.name}{pin.specifier}" for pin in applicable if canonicalize_name(pin.name) not in versions]
 
 
 def replaced(before: dict[str, str], after: dict[str, str]) -> list[str]:

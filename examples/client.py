@@ -1,11 +1,11 @@
-"""Ask an endpoint a question, with pictures and films if you like.
+"""Ask an endpoint a question, with images and videos if you like.
 
     RUNPOD_API_KEY=… python examples/client.py --endpoint ENDPOINT_ID "Tell me a story" --stream
     RUNPOD_API_KEY=… python examples/client.py --endpoint ENDPOINT_ID "What is this?" --image photo.jpg
     API_KEY=… python examples/client.py --base-url http://127.0.0.1:8000/v1 "What happens?" --video film.mp4
 
-A RunPod endpoint is asked with a job of its queue, whose status is shown until there is text; any other server with
-OpenAI's protocol. Needs: pip install openai requests
+With --endpoint, the question is a job in the endpoint's queue, and the job's status is shown until text arrives. With
+--base-url, it is a request in OpenAI's protocol. Needs: pip install openai requests
 """
 
 import argparse
@@ -23,24 +23,24 @@ import openai
 import requests
 
 RUNPOD = "https://api.runpod.ai/v2"
-LARGEST_JOB = 10_000_000
-"""Bytes that RunPod takes as one job's input."""
+MAX_JOB_BYTES = 10_000_000
+"""RunPod's limit for the input of a job."""
 POLL_SECONDS = 0.5
 
 
-class AskError(Exception):
-    """There is no answer; the text says why."""
+class NoAnswerError(Exception):
+    """The question cannot be answered. The message is for the user."""
 
 
 class Progress:
-    """What is waited for: on a terminal one line that changes, elsewhere a line for each change."""
+    """Shows the current status: on a terminal in one line that changes, elsewhere in a new line for each change."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._last = ""
 
     def show(self, status: str) -> None:
-        """Tell what is waited for."""
+        """Show `status`, and on a terminal the seconds since the start."""
         if sys.stderr.isatty():
             print(f"\r\033[K{status}, {time.monotonic() - self._began:.0f} s", end="", file=sys.stderr, flush=True)
         elif status != self._last:
@@ -48,7 +48,7 @@ class Progress:
         self._last = status
 
     def clear(self) -> None:
-        """Make room for text."""
+        """Remove the line from the terminal, so that text can follow."""
         if self._last and sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         self._last = ""
@@ -58,7 +58,7 @@ progress = Progress()
 
 
 def main() -> int:
-    """Print the answer; return the exit code."""
+    """Print the answer and return the exit code."""
     options = parse_arguments()
     try:
         messages = [{"role": "user", "content": content(options)}]
@@ -66,8 +66,8 @@ def main() -> int:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
-    except (AskError, OSError, openai.OpenAIError) as error:
-        # What requests raises is an OSError too.
+    except (NoAnswerError, OSError, openai.OpenAIError) as error:
+        # The errors of requests are OSErrors.
         progress.clear()
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -80,14 +80,14 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", help="the question")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE_OR_URL", help="may be given again")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE_OR_URL", help="may be given again")
-    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE_OR_URL", help="may be repeated")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE_OR_URL", help="may be repeated")
+    parser.add_argument("--stream", action="store_true", help="print the text as it arrives")
     parser.add_argument("--max-tokens", type=int, default=500)
-    parser.add_argument("--model", help="for --base-url: the model's name, by default the first one that it serves")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--endpoint", metavar="ENDPOINT_ID", help="a RunPod endpoint; its key is RUNPOD_API_KEY")
-    where.add_argument("--base-url", help="another server's address, with /v1; its key is API_KEY")
+    parser.add_argument("--model", help="for --base-url: the model's name (default: the first model of the server)")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--endpoint", metavar="ENDPOINT_ID", help="a RunPod endpoint; set its key in RUNPOD_API_KEY")
+    target.add_argument("--base-url", help="another server's URL, with /v1; set its key in API_KEY")
     parser.add_argument("--api", default=RUNPOD, help="RunPod's API, or a stand-in for it (default: %(default)s)")
     return parser.parse_args()
 
@@ -102,12 +102,12 @@ def content(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def as_url(source: str, kind: str) -> str:
-    """Return a URL as it is, and a file as a `data:` URL."""
+    """Return a URL unchanged, and a file as a `data:` URL."""
     if source.startswith(("http://", "https://", "data:")):
         return source
     media_type = mimetypes.guess_type(source)[0] or ""
     if not media_type.startswith(f"{kind}/") and media_type != "image/gif":
-        raise AskError(f"{source} does not look like the file of {'an' if kind == 'image' else 'a'} {kind}.")
+        raise NoAnswerError(f"The extension of {source} is not that of {'an' if kind == 'image' else 'a'} {kind}.")
     return f"data:{media_type};base64,{base64.b64encode(Path(source).read_bytes()).decode()}"
 
 
@@ -115,7 +115,7 @@ def as_url(source: str, kind: str) -> str:
 
 
 def ask_server(options: argparse.Namespace, messages: Any) -> Iterator[str]:
-    """Yield the answer's text."""
+    """Yield the text of the answer."""
     with openai.OpenAI(base_url=options.base_url, api_key=os.environ.get("API_KEY", "none")) as client:
         progress.show("waiting for the server")
         model = options.model or next(iter(client.models.list())).id
@@ -131,21 +131,21 @@ def ask_server(options: argparse.Namespace, messages: Any) -> Iterator[str]:
                 yield text
 
 
-# ---- A RunPod endpoint, by a job of its queue
+# ---- A job in the queue of a RunPod endpoint
 
 
 def ask_endpoint(options: argparse.Namespace, messages: Any) -> Iterator[str]:
-    """Yield the answer's text; show the job's status while there is none."""
+    """Yield the text of the answer. Shows the job's status until text arrives."""
     if not (key := os.environ.get("RUNPOD_API_KEY")):
-        raise AskError("RUNPOD_API_KEY is not set.")
+        raise NoAnswerError("RUNPOD_API_KEY is not set.")
     job_input = {"messages": messages, "max_tokens": options.max_tokens, "stream": options.stream}
     body = json.dumps({"input": job_input})
-    if len(body) > LARGEST_JOB:
-        raise AskError(f"The job has {len(body):,} bytes and RunPod takes {LARGEST_JOB:,}: give links, not files.")
+    if len(body) > MAX_JOB_BYTES:
+        raise NoAnswerError(f"The job has {len(body):,} bytes, RunPod accepts {MAX_JOB_BYTES:,}. Use links, not files.")
     url = f"{options.api}/{options.endpoint}"
     with requests.Session() as session:
         session.headers.update({"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
-        job_id = result(session.post(f"{url}/run", data=body, timeout=60))["id"]
+        job_id = json_of(session.post(f"{url}/run", data=body, timeout=60))["id"]
         try:
             yield from follow(session, url, job_id, options.stream)
         except KeyboardInterrupt:
@@ -154,11 +154,11 @@ def ask_endpoint(options: argparse.Namespace, messages: Any) -> Iterator[str]:
 
 
 def follow(session: requests.Session, url: str, job_id: str, stream: bool) -> Iterator[str]:
-    """Yield a job's text until it has ended."""
+    """Yield the job's text until the job has ended."""
     status, parts = "IN_QUEUE", list[Any]()
-    # What is left of a stream comes after its job has ended.
+    # The last parts of a stream may arrive after the job has ended.
     while parts or status in ("IN_QUEUE", "IN_PROGRESS"):
-        answer = result(session.get(f"{url}/{'stream' if stream else 'status'}/{job_id}", timeout=60))
+        answer = json_of(session.get(f"{url}/{'stream' if stream else 'status'}/{job_id}", timeout=60))
         status, parts = answer["status"], answer.get("stream", [])
         for text in filter(None, (text_of(part["output"]) for part in parts)):
             progress.clear()
@@ -168,14 +168,14 @@ def follow(session: requests.Session, url: str, job_id: str, stream: bool) -> It
             time.sleep(POLL_SECONDS)
     progress.clear()
     if status != "COMPLETED":
-        answer = result(session.get(f"{url}/status/{job_id}", timeout=60))
-        raise AskError(f"The job is {status}: {reason(answer.get('error'))}")
+        answer = json_of(session.get(f"{url}/status/{job_id}", timeout=60))
+        raise NoAnswerError(f"The job ended with status {status}: {reason(answer.get('error'))}")
     if not stream:
         yield text_of(answer["output"])
 
 
 def text_of(output: Any) -> str:
-    """Return the text of what a job gives: whole answers, or lists of a stream's chunks."""
+    """Return the text of a job's output: OpenAI's response object or chunk, or a list of them."""
     if isinstance(output, list):
         return "".join(map(text_of, output))
     choices = output.get("choices") or [{}]
@@ -183,22 +183,22 @@ def text_of(output: Any) -> str:
 
 
 def reason(error: str | None) -> str:
-    """Return the worker's words; it tells an error as OpenAI's error object, in JSON."""
+    """Return the message of a job's error. The worker's errors are OpenAI's error objects in JSON."""
     try:
         return str(json.loads(error or "")["message"])
     except (ValueError, KeyError, TypeError):
-        return error or "no reason was given"
+        return error or "RunPod gives no reason"
 
 
-def result(answer: requests.Response) -> Any:
-    """Return the body of RunPod's answer."""
-    if answer.status_code == 401:
-        raise AskError("RunPod does not take this RUNPOD_API_KEY.")
-    if answer.status_code == 404:
-        raise AskError("RunPod knows no such endpoint.")
-    if not answer.ok:
-        raise AskError(f"RunPod answered with HTTP {answer.status_code}: {answer.text[:500]}")
-    return answer.json()
+def json_of(response: requests.Response) -> Any:
+    """Return the body of RunPod's response."""
+    if response.status_code == 401:
+        raise NoAnswerError("RunPod does not accept the key in RUNPOD_API_KEY.")
+    if response.status_code == 404:
+        raise NoAnswerError("RunPod has no endpoint with this ID.")
+    if not response.ok:
+        raise NoAnswerError(f"RunPod answered with HTTP {response.status_code}: {response.text[:500]}")
+    return response.json()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Load an endpoint with chats and tell how soon tokens come, and how many.
+"""Send chat requests to an endpoint and measure the time to the first token and the tokens per second.
 
     RUNPOD_API_KEY=… python examples/load_test.py --endpoint ENDPOINT_ID --concurrency 16 --duration 60
     API_KEY=… python examples/load_test.py --base-url http://127.0.0.1:8000/v1 --rate 5 --plot load.svg
 
-With --concurrency, so many requests run at any time; with --rate, so many begin every second, however many run
-already, as when people come by themselves. Every request streams. The exit code is 1 when any failed.
+With --concurrency, the number of running requests is constant. With --rate, requests begin at random moments, so many a
+second on average, like those of independent users. All requests stream. The exit code is 1 if a request failed.
 Needs: pip install openai, and matplotlib for --plot
 """
 
@@ -24,8 +24,8 @@ import openai
 
 
 @dataclass
-class Seen:
-    """What the client saw. Times are in seconds; `finished` counts from the beginning."""
+class Measurements:
+    """Times are in seconds. Those in `finished` are counted from the start of the test."""
 
     first_token: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
@@ -36,38 +36,38 @@ class Seen:
 
 
 def main() -> int:
-    """Run the load and print the figures; return the exit code."""
+    """Run the test, print the figures and return the exit code."""
     options = parse_arguments()
     try:
-        seen = asyncio.run(load(options))
+        measured = asyncio.run(load(options))
     except (ValueError, openai.OpenAIError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(report(seen))
-    for text, count in seen.errors.most_common():
+    print(report(measured))
+    for text, count in measured.errors.most_common():
         print(f"{count} times: {text}", file=sys.stderr)
-    if options.plot and seen.total:
-        plot(seen, options.plot)
-    return 1 if seen.errors or not seen.total else 0
+    if options.plot and measured.total:
+        plot(measured, options.plot)
+    return 1 if measured.errors or not measured.total else 0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--concurrency", type=int, default=8, help="requests at any time (default: %(default)s)")
-    how.add_argument("--rate", type=float, help="requests that begin every second, at random moments")
-    parser.add_argument("--duration", type=float, default=30, help="seconds in which requests begin (%(default)s)")
+    load_type = parser.add_mutually_exclusive_group()
+    load_type.add_argument("--concurrency", type=int, default=8, help="running requests (default: %(default)s)")
+    load_type.add_argument("--rate", type=float, help="requests per second, on average")
+    parser.add_argument("--duration", type=float, default=30, help="seconds during which requests begin (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=200)
-    parser.add_argument("--prompt", default="Tell me a story", help="each request adds its number")
-    parser.add_argument("--image", help="the URL of an image that each request holds")
-    parser.add_argument("--model", help="the model's name, by default the first one that is served")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the times")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--endpoint", metavar="ENDPOINT_ID", help="a RunPod endpoint; its key is RUNPOD_API_KEY")
-    where.add_argument("--base-url", help="another server's address, with /v1; its key is API_KEY")
+    parser.add_argument("--prompt", default="Tell me a story", help="each request appends its number")
+    parser.add_argument("--image", help="the URL of an image that each request contains")
+    parser.add_argument("--model", help="the model's name (default: the first model of the server)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="plot the times")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--endpoint", metavar="ENDPOINT_ID", help="a RunPod endpoint; set its key in RUNPOD_API_KEY")
+    target.add_argument("--base-url", help="another server's URL, with /v1; set its key in API_KEY")
     options = parser.parse_args()
     if options.concurrency < 1 or options.duration <= 0 or (options.rate is not None and options.rate <= 0):
         parser.error("--concurrency, --rate and --duration must be more than 0")
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def connect(options: argparse.Namespace) -> openai.AsyncOpenAI:
-    """Return a client that tries nothing again: what fails shall be seen."""
+    """Return a client without retries, so that every failure counts."""
     if options.endpoint:
         base_url, key = f"https://api.runpod.ai/v2/{options.endpoint}/openai/v1", os.environ.get("RUNPOD_API_KEY", "")
         if not key:
@@ -85,9 +85,9 @@ def connect(options: argparse.Namespace) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=600)
 
 
-async def load(options: argparse.Namespace) -> Seen:
-    """Send the requests and wait for the last of them."""
-    seen = Seen()
+async def load(options: argparse.Namespace) -> Measurements:
+    """Send the requests and wait until all have ended."""
+    measured = Measurements()
     async with connect(options) as client:
         model = options.model or (await anext(aiter(client.models.list()))).id
         began = time.monotonic()
@@ -98,28 +98,28 @@ async def load(options: argparse.Namespace) -> Seen:
             nonlocal number
             number += 1
             try:
-                await ask(client, body(options, model, number), seen)
-                seen.finished.append(time.monotonic() - began)
+                await ask(client, body(options, model, number), measured)
+                measured.finished.append(time.monotonic() - began)
             except openai.OpenAIError as error:
-                seen.errors[str(error)[:200]] += 1
+                measured.errors[str(error)[:200]] += 1
 
-        async def one_after_the_other() -> None:
+        async def client_loop() -> None:
             while time.monotonic() < end:
                 await request()
 
         if options.rate is None:
-            await asyncio.gather(*(one_after_the_other() for _ in range(options.concurrency)))
+            await asyncio.gather(*(client_loop() for _ in range(options.concurrency)))
         else:
             async with asyncio.TaskGroup() as tasks:
                 while time.monotonic() < end:
                     tasks.create_task(request())
                     await asyncio.sleep(random.expovariate(options.rate))
-        seen.seconds = time.monotonic() - began
-    return seen
+        measured.seconds = time.monotonic() - began
+    return measured
 
 
 def body(options: argparse.Namespace, model: str, number: int) -> dict[str, Any]:
-    """Return a request; prompts differ so that no answer can be had from another's."""
+    """Return a request. Prompts differ, so that the prefix cache does not help."""
     parts: list[dict[str, Any]] = [{"type": "text", "text": f"{options.prompt}, number {number}"}]
     if options.image:
         parts.insert(0, {"type": "image_url", "image_url": {"url": options.image}})
@@ -132,28 +132,28 @@ def body(options: argparse.Namespace, model: str, number: int) -> dict[str, Any]
     }
 
 
-async def ask(client: openai.AsyncOpenAI, fields: dict[str, Any], seen: Seen) -> None:
-    """Read one answer to its end."""
+async def ask(client: openai.AsyncOpenAI, fields: dict[str, Any], measured: Measurements) -> None:
+    """Send one request, read its stream to the end and record the times."""
     began = time.monotonic()
     first: float | None = None
     async for chunk in await client.chat.completions.create(**fields):
         if first is None and chunk.choices and chunk.choices[0].delta.content:
             first = time.monotonic() - began
         if chunk.usage:
-            seen.tokens += chunk.usage.completion_tokens
-    seen.total.append(time.monotonic() - began)
+            measured.tokens += chunk.usage.completion_tokens
+    measured.total.append(time.monotonic() - began)
     if first is not None:
-        seen.first_token.append(first)
+        measured.first_token.append(first)
 
 
-def report(seen: Seen) -> str:
+def report(measured: Measurements) -> str:
     """Return the figures as a table."""
     lines = [
-        f"{len(seen.total)} answers and {sum(seen.errors.values())} errors in {seen.seconds:.1f} s",
-        f"{len(seen.total) / seen.seconds:.2f} requests/s, {seen.tokens / seen.seconds:.1f} tokens/s",
+        f"{len(measured.total)} answers and {sum(measured.errors.values())} errors in {measured.seconds:.1f} s",
+        f"{len(measured.total) / measured.seconds:.2f} requests/s, {measured.tokens / measured.seconds:.1f} tokens/s",
         f"{'seconds':<20}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}{'max':>10}",
     ]
-    for title, seconds in (("first token", seen.first_token), ("total", seen.total)):
+    for title, seconds in (("first token", measured.first_token), ("total", measured.total)):
         if seconds:
             values = [*(percentile(seconds, cut) for cut in (50, 90, 95, 99)), max(seconds)]
             lines.append(f"{title:<20}" + "".join(f"{value:>10.3f}" for value in values))
@@ -161,28 +161,28 @@ def report(seen: Seen) -> str:
 
 
 def percentile(seconds: list[float], cut: int) -> float:
-    """Return what so many per cent of the times are not above."""
+    """Return a percentile of the times; `cut` is between 1 and 99."""
     return statistics.quantiles(seconds, n=100, method="inclusive")[cut - 1] if len(seconds) > 1 else seconds[0]
 
 
-def plot(seen: Seen, path: Path) -> None:
-    """Draw how many requests took how long, and when answers were finished."""
+def plot(measured: Measurements, path: Path) -> None:
+    """Plot the distribution of the times, and the number of answers finished over time."""
     try:
         import matplotlib as mpl
     except ImportError:
-        print("There is no plot: pip install matplotlib", file=sys.stderr)
+        print("no plot: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
         return
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for title, seconds in (("first token", seen.first_token), ("total", seen.total)):
+    for title, seconds in (("first token", measured.first_token), ("total", measured.total)):
         left.plot(sorted(seconds), [100 * (index + 1) / len(seconds) for index in range(len(seconds))], label=title)
-    left.set(xscale="log", xlabel="seconds", ylabel="per cent of the requests", title="Times")
+    left.set(xscale="log", xlabel="seconds", ylabel="% of the requests", title="Times")
     left.grid(visible=True, which="both", alpha=0.3)
     left.legend()
-    right.hist(seen.finished, bins=min(30, max(1, int(seen.seconds))))
-    right.set(xlabel="seconds since the beginning", ylabel="answers", title="Finished")
+    right.hist(measured.finished, bins=min(30, max(1, int(measured.seconds))))
+    right.set(xlabel="seconds since the start", ylabel="answers", title="Finished answers")
     figure.savefig(path)
 
 

@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from worker.errors import ConfigurationError, Json
@@ -14,95 +15,73 @@ from worker.settings.sources import Variables
 SET_BY_WORKER = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
 """vLLM's arguments that the worker sets itself."""
 
-Row = tuple[str, Any, str]
-"""A setting's name, value and source."""
-
 
 def run(environ: Mapping[str, str], as_json: bool) -> int:
     """Print the effective settings, or all mistakes in them; return the exit code.
 
     Mistakes in the worker's own settings are printed at once. Importing vLLM, which checks its own, takes seconds.
     """
-    report = _Report(as_json)
     try:
         variables = sources.collect(environ)
     except ConfigurationError as error:
-        report.add(str(error).splitlines())
-        return report.fail()
+        return _print_mistakes(str(error).splitlines(), as_json)
     try:
         chosen = settings.from_variables(variables)
         environment.prepare(chosen)
         folders = weights.locate(chosen)
     except ConfigurationError as error:
-        report.add(str(error).splitlines())
-        report.add(_mistakes_for_vllm(variables))
-        return report.fail()
+        return _print_mistakes(chain(str(error).splitlines(), _mistakes_in_flags(variables)), as_json)
     from worker.engine import arguments
 
     try:
         args = arguments.parse_arguments(chosen)
         arguments.place(args, chosen, {name: folder for name, folder in folders.items() if folder})
     except ConfigurationError as error:
-        report.add(str(error).splitlines())
-        return report.fail()
+        return _print_mistakes(str(error).splitlines(), as_json)
     engine = arguments.changed(args)
-    rows = [*_own_rows(chosen), *_engine_rows(engine, variables)]
-    report.succeed(rows, _command(chosen, engine), [*variables.warnings, *arguments.remarks(chosen)])
+    rows, command = _rows(chosen, engine), _command(chosen, engine)
+    warnings = [*variables.warnings, *arguments.remarks(chosen)]
+    if as_json:
+        listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
+        result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
+        sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
+    else:
+        sys.stdout.write(_table([(name, _text(value), source) for name, value, source in rows]))
+        sys.stdout.write(f"\nEquivalent command:\n{command}\n")
+        sys.stdout.write("".join(f"\nWarning: {warning}" for warning in warnings) + "\n")
     return 0
 
 
-def _mistakes_for_vllm(variables: Variables) -> list[str]:
-    """Return the mistakes in vLLM's settings when the worker's own are wrong too."""
+def _print_mistakes(mistakes: Iterable[str], as_json: bool) -> int:
+    """Print mistakes, as text one by one while they are found; return the exit code."""
+    if as_json:
+        sys.stdout.write(json.dumps({"ok": False, "mistakes": list(mistakes)}, indent=1) + "\n")
+    else:
+        for mistake in mistakes:
+            sys.stdout.write(f"{mistake}\n")
+            sys.stdout.flush()
+    return ConfigurationError.exit_code
+
+
+def _mistakes_in_flags(variables: Variables) -> Iterator[str]:
+    """Yield the mistakes in vLLM's settings when the worker's own are wrong too."""
     chosen = settings.defaults(variables)
     environment.prepare(chosen)
     from worker.engine import arguments
 
-    return arguments.mistakes(chosen)
+    yield from arguments.mistakes(chosen)
 
 
-class _Report:
-    """The output, as text or as JSON."""
+def _rows(chosen: Settings, engine: Json) -> list[tuple[str, Any, str]]:
+    """Return the name, value and source of each setting of the worker, and of vLLM's that differ from its defaults.
 
-    def __init__(self, as_json: bool) -> None:
-        self._as_json = as_json
-        self._mistakes: list[str] = []
-
-    def add(self, mistakes: Iterable[str]) -> None:
-        """Add mistakes; print them at once unless the output is JSON."""
-        for mistake in mistakes:
-            self._mistakes.append(mistake)
-            if not self._as_json:
-                sys.stdout.write(f"{mistake}\n")
-        sys.stdout.flush()
-
-    def fail(self) -> int:
-        """Finish a report of mistakes; return the exit code."""
-        if self._as_json:
-            sys.stdout.write(json.dumps({"ok": False, "mistakes": self._mistakes}, indent=1) + "\n")
-        return ConfigurationError.exit_code
-
-    def succeed(self, rows: list[Row], command: str, warnings: list[str]) -> None:
-        """Print the settings, the equivalent command and warnings."""
-        if self._as_json:
-            listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
-            result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
-            sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
-        else:
-            sys.stdout.write(_table([(name, _text(value), source) for name, value, source in rows]))
-            sys.stdout.write(f"\nEquivalent command:\n{command}\n")
-            sys.stdout.write("".join(f"\nWarning: {warning}" for warning in warnings) + "\n")
-
-
-def _own_rows(chosen: Settings) -> list[Row]:
+    vLLM's settings that nobody set are derived from others.
+    """
     origins = chosen.variables.origins
-    return [(name.upper(), value, origins.get(name.upper(), "default")) for name, value in chosen.public().items()]
-
-
-def _engine_rows(engine: Json, variables: Variables) -> list[Row]:
-    """Return vLLM's arguments that differ from its defaults. Those that nobody set are derived from others."""
-    own = {name.upper() for name in Settings.model_fields}
-    rows = ((name.upper(), value) for name, value in engine.items() if name not in SET_BY_WORKER)
-    return [(name, value, variables.origins.get(name, "derived")) for name, value in rows if name not in own]
+    own = [(name.upper(), value, origins.get(name.upper(), "default")) for name, value in chosen.public().items()]
+    listed = {*SET_BY_WORKER, *Settings.model_fields}
+    others = [(name.upper(), value) for name, value in engine.items() if name not in listed]
+    return own + [(name, value, origins.get(name, "derived")) for name, value in others]
 
 
 def _command(chosen: Settings, engine: Json) -> str:
@@ -115,10 +94,8 @@ def _command(chosen: Settings, engine: Json) -> str:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            words += [flag, *map(_text, value)]
         else:
-            words += [flag, _text(value)]
+            words += [flag, *map(_text, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

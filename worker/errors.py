@@ -39,6 +39,12 @@ class JobError(WorkerError):
     headers: Mapping[str, str] = MappingProxyType({})
     """More headers for the HTTP response."""
 
+    def __init_subclass__(cls, **fields: Any) -> None:
+        """Take the class's fields from its keywords, such as `status=400`."""
+        super().__init_subclass__()
+        for name, value in fields.items():
+            setattr(cls, name, value)
+
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
@@ -57,50 +63,34 @@ class JobError(WorkerError):
         return self.status
 
 
-class InvalidRequestError(JobError):
+class InvalidRequestError(JobError, status=400, type="BadRequestError"):
     """The job's input has none of the accepted shapes."""
 
-    status = 400
-    type = "BadRequestError"
 
-
-class RouteNotFoundError(JobError):
+class RouteNotFoundError(JobError, status=404, type="NotFoundError"):
     """The worker does not offer this route."""
-
-    status = 404
-    type = "NotFoundError"
 
     def __init__(self, path: str, routes: Iterable[str]) -> None:
         super().__init__(f"No route {path!r}. Available routes: {', '.join(routes)}.")
 
 
-class NotOfThisModelError(JobError):
+class NotOfThisModelError(JobError, status=404, type="NotFoundError"):
     """The route exists only for another kind of model."""
-
-    status = 404
-    type = "NotFoundError"
 
     def __init__(self, path: str) -> None:
         super().__init__(f"The loaded model does not support {path!r}.")
 
 
-class MethodNotAllowedError(JobError):
+class MethodNotAllowedError(JobError, status=405, type="BadRequestError"):
     """The route exists, but for another method."""
-
-    status = 405
-    type = "BadRequestError"
 
     def __init__(self, method: str, expected: str, path: str) -> None:
         super().__init__(f"{path!r} does not accept {method}. Use {expected}.")
         self.headers = MappingProxyType({"allow": expected})
 
 
-class UnauthorizedError(JobError):
+class UnauthorizedError(JobError, status=401, type="AuthenticationError", headers={"www-authenticate": "Bearer"}):
     """The caller sent no API key, or a wrong one."""
-
-    status = 401
-    type = "AuthenticationError"
-    headers = MappingProxyType({"www-authenticate": "Bearer"})
 
     def __init__(self) -> None:
         super().__init__(
@@ -108,12 +98,8 @@ class UnauthorizedError(JobError):
         )
 
 
-class BodyTooLargeError(JobError):
+class BodyTooLargeError(JobError, status=413, type="BadRequestError", headers={"connection": "close"}):
     """The request body is too large."""
-
-    status = 413
-    type = "BadRequestError"
-    headers = MappingProxyType({"connection": "close"})
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -121,43 +107,29 @@ class BodyTooLargeError(JobError):
         )
 
 
-class BodyTooSlowError(JobError):
+class BodyTooSlowError(JobError, status=408, type="TimeoutError", headers={"connection": "close"}):
     """The request body did not arrive in time."""
-
-    status = 408
-    type = "TimeoutError"
-    headers = MappingProxyType({"connection": "close"})
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"The request body did not arrive within {seconds:g} s.")
 
 
-class BusyError(JobError):
+class BusyError(JobError, status=429, type="RateLimitError", headers={"retry-after": "1"}):
     """The worker has as many requests, or as many bytes of them, as it accepts."""
 
-    status = 429
-    type = "RateLimitError"
-    headers = MappingProxyType({"retry-after": "1"})
 
-
-class BodyMemoryError(BusyError):
+class BodyMemoryError(BusyError, headers={"retry-after": "1", "connection": "close"}):
     """The bodies of the running requests leave no memory for another one."""
-
-    headers = MappingProxyType({"retry-after": "1", "connection": "close"})
 
     def __init__(self, held: int, limit: int) -> None:
         super().__init__(
-            f"The worker holds {held / 1e6:.0f} MB of request bodies, and MAX_TOTAL_REQUEST_BYTES={limit} leaves no room "
-            "for this one. Try again in a second, or send links to media instead of base64."
+            f"The worker holds {held / 1e6:.0f} MB of request bodies, and MAX_TOTAL_REQUEST_BYTES={limit} leaves no "
+            "room for this one. Try again in a second, or send links to media instead of base64."
         )
 
 
-class UnavailableError(JobError):
+class UnavailableError(JobError, status=503, type="ServiceUnavailableError", headers={"retry-after": "5"}):
     """The worker cannot answer now: it is starting or stopping, or its engine has died."""
-
-    status = 503
-    type = "ServiceUnavailableError"
-    headers = MappingProxyType({"retry-after": "5"})
 
 
 LOADING = "The worker is loading its model. Try again in a few seconds."
@@ -167,68 +139,41 @@ ENGINE_DIED = (
 )
 
 
-class StartFailedError(JobError):
+class StartFailedError(JobError, status=503, type="ServiceUnavailableError"):
     """The worker cannot start until somebody changes its settings."""
-
-    status = 503
-    type = "ServiceUnavailableError"
 
     def __init__(self, cause: str) -> None:
         super().__init__(f"The worker cannot start until its settings are changed: {cause}")
 
 
-class MediaError(JobError):
+class MediaError(JobError, status=400, type="BadRequestError"):
     """An image, video or sound that cannot be used. The message never reveals the content behind a link."""
 
-    status = 400
-    type = "BadRequestError"
     reason: ClassVar[Rejection] = "invalid"
 
 
-class RefusedLinkError(MediaError):
+class RefusedLinkError(MediaError, status=403, type="PermissionDeniedError", reason="refused"):
     """The worker does not follow this link."""
 
-    status = 403
-    type = "PermissionDeniedError"
-    reason = "refused"
 
-
-class MediaTooLargeError(MediaError):
+class MediaTooLargeError(MediaError, status=413, reason="too_large"):
     """The media exceed a limit: bytes, pixels, seconds or number of parts."""
 
-    status = 413
-    reason = "too_large"
 
-
-class LinkServerRefusedError(MediaError):
+class LinkServerRefusedError(MediaError, status=422, type="UnprocessableEntityError", reason="refused_by_server"):
     """The link's server answered with a 4xx status."""
 
-    status = 422
-    type = "UnprocessableEntityError"
-    reason = "refused_by_server"
 
-
-class UnreachableError(MediaError):
+class UnreachableError(MediaError, status=424, type="FailedDependencyError", reason="unreachable"):
     """The link's server cannot be reached or has failed."""
 
-    status = 424
-    type = "FailedDependencyError"
-    reason = "unreachable"
 
-
-class TooSlowError(MediaError):
+class TooSlowError(MediaError, status=504, type="TimeoutError", reason="timeout"):
     """The link's content did not arrive in time."""
 
-    status = 504
-    type = "TimeoutError"
-    reason = "timeout"
 
-
-class JobTimeoutError(JobError):
+class JobTimeoutError(JobError, status=504, type="TimeoutError"):
     """The request took longer than REQUEST_TIMEOUT."""
-
-    status = 504
-    type = "TimeoutError"
 
     def __init__(self, seconds: float) -> None:
         super().__init__(
@@ -236,10 +181,8 @@ class JobTimeoutError(JobError):
         )
 
 
-class ResultTooLargeError(JobError):
+class ResultTooLargeError(JobError, status=413):
     """The result is larger than RunPod accepts."""
-
-    status = 413
 
     def __init__(self, size: int) -> None:
         super().__init__(

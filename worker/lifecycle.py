@@ -64,6 +64,6 @@ class Lifecycle:
             case "dead":
                 return UnavailableError(ENGINE_DIED)
             case "failed":
-                return UnavailableError(f"The worker has failed: {self._reason}. Send the request again later.")
+                return UnavailableError(f"The worker has failed: {self._reason.rstrip('.')}. Send the request again later.")
             case "refused":
                 return StartFailedError(self._reason)

@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import logging
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
 from importlib import import_module
 from typing import Any
@@ -21,6 +22,10 @@ from worker.queue.handler import Handler, Job, JobHandler, Output
 from worker.request import race
 from worker.request.asgi import App, Message, Receive, Send
 from worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+Died = Callable[[], Coroutine[Any, Any, object]]
 
 REFUSED_AT_ONCE = 16
 """Jobs that a worker takes at once when it refuses all of them."""
@@ -52,6 +57,7 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
             raise problem
         worker.shutdown()
         worker.lifecycle.refuse(str(problem))
+        log.error("The worker cannot start, and reports the reason to its callers: %s", problem)
         mode.refuse(problem)
     return 0
 
@@ -123,17 +129,20 @@ class QueueMode(Mode):
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             self._serve(runner, refusal.counting(handler.handle), REFUSED_AT_ONCE, refusal.ended)
 
-    def _serve(self, runner: asyncio.Runner, handler: Handler, concurrency: int, died: Any) -> None:
-        from worker.queue import sdk
-        from worker.queue.loop import Context
+    def _serve(self, runner: asyncio.Runner, handler: Handler, concurrency: int, died: Died) -> None:
+        from worker.queue import loop, sdk
 
-        posted = self.worker.telemetry.stream_posts.inc
-        context = Context(runner, self.worker.lifecycle, self.worker.settings, died, posted)
+        worker = self.worker
+        context = loop.Context(runner, worker.lifecycle, worker.settings, died, worker.telemetry.stream_posts.inc)
         sdk.serve_queue(handler, concurrency, context)
 
 
 class HttpMode(Mode):
     """Requests over HTTP: for load-balancing endpoints, pods and other machines."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._stopped = asyncio.Event()
 
     @property
     def can_refuse(self) -> bool:
@@ -143,11 +152,11 @@ class HttpMode(Mode):
     def serve(self) -> int:
         """Answer requests until the worker is stopped."""
         with processes.exit_soon_after():
-            self._run(self._serve(self._stopped()))
+            self._run(self._serve())
         return 0
 
-    async def _serve(self, stopped: asyncio.Event) -> None:
-        worker, gate = self.worker, self.gate
+    async def _serve(self) -> None:
+        worker, gate, stopped = self.worker, self.gate, self._stopped
         attaching = asyncio.create_task(worker.attach())
         if await race.first(attaching, stopped.wait()) is not attaching:
             attaching.cancel()
@@ -165,25 +174,20 @@ class HttpMode(Mode):
 
     def refuse(self, error: ConfigurationError) -> None:
         """Answer every request with the reason."""
-        self._run(self._refuse(error, self._stopped()))
+        self._run(self._refuse(error))
 
-    async def _refuse(self, error: ConfigurationError, stopped: asyncio.Event) -> None:
-        ended = asyncio.create_task(Refusal(error).ended())
-        if await race.first(ended, stopped.wait()) is ended:
-            ended.result()
+    async def _refuse(self, error: ConfigurationError) -> None:
+        stopped = asyncio.create_task(self._stopped.wait())
+        if await race.first(stopped, asyncio.sleep(REFUSE_SECONDS)) is not stopped:
+            raise error
 
-    def _run(self, work: Any) -> None:
-        if self.server is None:
-            raise RuntimeError("the server does not listen")
-        self.server.run(work)
-
-    def _stopped(self) -> asyncio.Event:
-        """Return an event of the server's loop that is set when the worker is stopped."""
-        stopped, server = asyncio.Event(), self.server
-        if server is not None:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: server.notify(stopped))
-        return stopped
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` in the server's loop, where a signal that stops the worker sets `_stopped`."""
+        server = self.server
+        assert server is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.notify(self._stopped))
+        server.run(work)
 
 
 class LocalMode(Mode):

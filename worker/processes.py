@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from worker.errors import ConfigurationError, StartupError
+from worker.errors import ConfigurationError
 
 LAST_WORDS_SECONDS = 1.5
 """Time to send errors to callers whose requests are ended."""
@@ -59,23 +59,21 @@ def exit_soon_after() -> Iterator[None]:
 
     A `ConfigurationError` does not count: the worker goes on to report it to its callers.
     """
-    code = 1
     try:
         yield
-        code = 0
     except ConfigurationError:
-        code = -1
         raise
-    except StartupError as error:
-        code = error.exit_code
+    except BaseException:
+        _exit_later(1)
         raise
-    finally:
-        if code >= 0:
-            timer = threading.Timer(EXIT_SECONDS, _exit_now, [code])
-            timer.daemon = True
-            timer.start()
+    _exit_later(0)
 
 
-def _exit_now(code: int) -> None:
-    end_all()
-    os._exit(code)
+def _exit_later(code: int) -> None:
+    def exit_now() -> None:
+        end_all()
+        os._exit(code)
+
+    timer = threading.Timer(EXIT_SECONDS, exit_now)
+    timer.daemon = True
+    timer.start()

@@ -1,4 +1,4 @@
-// The AI SDK with its provider for servers of OpenAI's protocol: text, a stream, an image, a tool and an object.
+// The AI SDK with its provider for servers with OpenAI's protocol: text, a stream, an image, a tool and an object.
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, streamText, tool } from "ai";
 import { z } from "zod";
@@ -17,7 +17,7 @@ for await (const part of streamText({ model, prompt: "Hello" }).textStream) {
   streamed += part;
 }
 
-const seen = await generateText({
+const imageResult = await generateText({
   model,
   messages: [
     {
@@ -51,7 +51,7 @@ console.log(
   JSON.stringify({
     text,
     streamed,
-    image: seen.text,
+    image: imageResult.text,
     tool: toolCalls.map((call) => [call.toolName, call.input]),
     object: output,
   }),

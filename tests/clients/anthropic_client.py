@@ -1,6 +1,6 @@
 """Anthropic's client: messages, a stream, an image and a tool.
 
-RunPod wants its key as `Authorization: Bearer`, which is what `auth_token` sends; the worker over HTTP takes both.
+`auth_token` sends the key as `Authorization: Bearer`, which RunPod requires. The worker also accepts `x-api-key`.
 """
 
 import json
@@ -18,7 +18,7 @@ text = "".join(block.text for block in message.content if block.type == "text")
 with client.messages.stream(model=MODEL, max_tokens=40, messages=[{"role": "user", "content": "Hello"}]) as stream:
     streamed = "".join(stream.text_stream)
 
-seen = client.messages.create(
+image_message = client.messages.create(
     model=MODEL,
     max_tokens=40,
     messages=[
@@ -39,7 +39,7 @@ seen = client.messages.create(
     ],
 )
 
-used = client.messages.create(
+tool_message = client.messages.create(
     model=MODEL,
     max_tokens=60,
     messages=[{"role": "user", "content": "What is the weather in Paris?"}],
@@ -57,8 +57,8 @@ print(
         {
             "text": text,
             "streamed": streamed,
-            "image": "".join(block.text for block in seen.content if block.type == "text"),
-            "tool": [[block.name, block.input] for block in used.content if block.type == "tool_use"],
+            "image": "".join(block.text for block in image_message.content if block.type == "text"),
+            "tool": [[block.name, block.input] for block in tool_message.content if block.type == "tool_use"],
         }
     )
 )

@@ -1,4 +1,4 @@
-"""Instructor: an answer as an object, by a JSON schema and by a tool."""
+"""Instructor: an answer as an object, with a JSON schema and with a tool."""
 
 import json
 import os
@@ -21,17 +21,17 @@ class get_weather(BaseModel):
     city: str
 
 
-server = OpenAI(base_url=os.environ["BASE_URL"], api_key=os.environ["API_KEY"])
+client = OpenAI(base_url=os.environ["BASE_URL"], api_key=os.environ["API_KEY"])
 
-person = instructor.from_openai(server, mode=instructor.Mode.JSON_SCHEMA).chat.completions.create(
+person = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA).chat.completions.create(
     model="tiny",
     response_model=Person,
     messages=[{"role": "user", "content": "Extract the person: Ada is 36 years old."}],
 )
-question = instructor.from_openai(server, mode=instructor.Mode.TOOLS).chat.completions.create(
+call = instructor.from_openai(client, mode=instructor.Mode.TOOLS).chat.completions.create(
     model="tiny",
     response_model=get_weather,
     messages=[{"role": "user", "content": "What is the weather in Paris?"}],
 )
 
-print(json.dumps({"object": person.model_dump(), "tool": question.model_dump()}))
+print(json.dumps({"object": person.model_dump(), "tool": call.model_dump()}))

@@ -15,7 +15,7 @@ def get_weather(city: str) -> str:
     return f"It is sunny in {city}."
 
 
-look = HumanMessage(
+image_question = HumanMessage(
     [
         {"type": "image_url", "image_url": {"url": os.environ["IMAGE_URL"]}},
         {"type": "text", "text": "What colour is this?"},
@@ -28,7 +28,7 @@ print(
         {
             "text": model.invoke("Hello").text,
             "streamed": "".join(chunk.text for chunk in model.stream("Hello")),
-            "image": model.invoke([look]).text,
+            "image": model.invoke([image_question]).text,
             "tool": [[call["name"], call["args"]] for call in calls],
         }
     )

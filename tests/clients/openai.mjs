@@ -6,7 +6,7 @@ import { z } from "zod";
 const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: process.env.API_KEY });
 const model = "tiny";
 const hello = [{ role: "user", content: "Hello" }];
-const look = [
+const imageQuestion = [
   {
     role: "user",
     content: [
@@ -16,16 +16,16 @@ const look = [
   },
 ];
 
-const whole = await client.chat.completions.create({ model, messages: hello });
+const completion = await client.chat.completions.create({ model, messages: hello });
 
 let streamed = "";
 for await (const chunk of await client.chat.completions.create({ model, messages: hello, stream: true })) {
   streamed += chunk.choices[0]?.delta?.content ?? "";
 }
 
-const seen = await client.chat.completions.create({ model, messages: look });
+const imageCompletion = await client.chat.completions.create({ model, messages: imageQuestion });
 
-const used = await client.chat.completions.create({
+const toolCompletion = await client.chat.completions.create({
   model,
   messages: [{ role: "user", content: "What is the weather in Paris?" }],
   tools: [
@@ -39,6 +39,7 @@ const used = await client.chat.completions.create({
     },
   ],
 });
+const calls = toolCompletion.choices[0].message.tool_calls;
 
 const parsed = await client.chat.completions.parse({
   model,
@@ -48,10 +49,10 @@ const parsed = await client.chat.completions.parse({
 
 console.log(
   JSON.stringify({
-    text: whole.choices[0].message.content,
+    text: completion.choices[0].message.content,
     streamed,
-    image: seen.choices[0].message.content,
-    tool: used.choices[0].message.tool_calls.map((call) => [call.function.name, JSON.parse(call.function.arguments)]),
+    image: imageCompletion.choices[0].message.content,
+    tool: calls.map((call) => [call.function.name, JSON.parse(call.function.arguments)]),
     object: parsed.choices[0].message.parsed,
   }),
 );

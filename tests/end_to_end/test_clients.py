@@ -1,7 +1,7 @@
-"""The clients that people use, each as its users write it: through the queue's OpenAI proxy, and over HTTP.
+"""Popular client libraries, used as in their documentation: through RunPod's OpenAI proxy, and over HTTP.
 
-OpenAI's and RunPod's are in the main environment. `make clients` makes another for the rest, whose scripts are in
-tests/clients; Node's packages are installed there when npm can.
+OpenAI's and RunPod's clients are in the main environment. `make clients` installs the other Python clients in
+.venv-clients; those for Node are installed in tests/clients. Their scripts are in tests/clients.
 """
 
 import json
@@ -42,7 +42,7 @@ ADA = Person(name="Ada", age=36)
 
 @dataclass(frozen=True)
 class Route:
-    """Where a client is pointed at."""
+    """The address and key of a worker."""
 
     name: str
     base_url: str
@@ -51,7 +51,7 @@ class Route:
 
 @pytest.fixture(params=["queue", "http"])
 def route(request: pytest.FixtureRequest) -> Iterator[Route]:
-    """Both ways to the worker, each with a key that is demanded."""
+    """The queue worker and the HTTP worker. Both require the key."""
     if request.param == "http":
         worker: HttpWorker = request.getfixturevalue("http_worker")
         yield Route("http", f"{worker.url}/v1", worker.key)
@@ -68,23 +68,24 @@ def client(route: Route) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def about(kind: str, url: str, text: str) -> Any:
+def question(kind: str, url: str, text: str) -> Any:
+    """Return a message with an image or video and a question about it."""
     return [{"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": text}]}]
 
 
 # ---- OpenAI's client
 
 
-def test_openai_chat_and_stream(client: openai.OpenAI) -> None:
+def test_openai_chat_without_and_with_streaming(client: openai.OpenAI) -> None:
     assert client.chat.completions.create(model=MODEL, messages=HELLO).choices[0].message.content == GREETING
     chunks = list(client.chat.completions.create(model=MODEL, messages=HELLO, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == GREETING
 
 
 def test_openai_image_and_video(client: openai.OpenAI) -> None:
-    look = about("image_url", media.image_url("red"), "What colour is this?")
+    look = question("image_url", media.image_url("red"), "What colour is this?")
     assert client.chat.completions.create(model=MODEL, messages=look).choices[0].message.content == "The image is red."
-    watch = about("video_url", media.data_url(media.film("red", "blue"), "video/mp4"), "What happens?")
+    watch = question("video_url", media.data_url(media.film("red", "blue"), "video/mp4"), "What happens?")
     answer = client.chat.completions.create(model=MODEL, messages=watch).choices[0].message.content
     assert answer == "The video goes from red to blue."
 
@@ -115,14 +116,14 @@ def test_openai_responses(client: openai.OpenAI) -> None:
     assert client.responses.parse(model=MODEL, input=EXTRACT, text_format=Person).output_parsed == ADA
 
 
-def test_openai_embeddings_of_a_model_without_any(client: openai.OpenAI, route: Route) -> None:
-    """RunPod's proxy makes a 500 without detail of every job that fails."""
+def test_openai_embeddings_fail_with_a_chat_model(client: openai.OpenAI, route: Route) -> None:
+    """RunPod's proxy answers 500 without details for every job that fails."""
     with pytest.raises(openai.InternalServerError if route.name == "queue" else openai.NotFoundError):
         client.embeddings.create(model=MODEL, input="Hello")
     assert client.chat.completions.create(model=MODEL, messages=HELLO).choices[0].message.content == GREETING
 
 
-def test_openai_is_told_of_a_wrong_key(route: Route) -> None:
+def test_openai_raises_an_authentication_error_for_a_wrong_key(route: Route) -> None:
     with (
         openai.OpenAI(base_url=route.base_url, api_key="wrong", max_retries=0) as client,
         pytest.raises(openai.AuthenticationError),
@@ -130,10 +131,10 @@ def test_openai_is_told_of_a_wrong_key(route: Route) -> None:
         client.chat.completions.create(model=MODEL, messages=HELLO)
 
 
-# ---- RunPod's client: run_sync, stream and cancel are in test_worker.py
+# ---- RunPod's client. Its run_sync, stream and cancel are tested in test_queue.py.
 
 
-def test_runpods_client_gets_a_jobs_output_later(endpoint: Endpoint) -> None:
+def test_runpods_client_waits_for_the_output_of_a_job(endpoint: Endpoint) -> None:
     sdk = runpod.Endpoint("local", api_key="any")
     sdk.rp_client.endpoint_url_base = endpoint.server.base_url_v2
     try:
@@ -145,9 +146,9 @@ def test_runpods_client_gets_a_jobs_output_later(endpoint: Endpoint) -> None:
         sdk.rp_client.rp_session.close()
 
 
-# ---- Clients with an environment of their own
+# ---- Clients outside the main environment
 
-TOLD = {
+EXPECTED = {
     "text": GREETING,
     "streamed": GREETING,
     "image": "The image is red.",
@@ -156,8 +157,8 @@ TOLD = {
 OBJECT = {"object": {"name": "Ada", "age": 36}}
 
 
-def told(command: list[str], route: Route) -> Any:
-    """Run a client's script and return what it prints."""
+def run_client(command: list[str], route: Route) -> Any:
+    """Run a client's script and return the JSON that it prints."""
     environment = {**os.environ, "BASE_URL": route.base_url, "API_KEY": route.api_key}
     return json.loads(output(command, environment | {"IMAGE_URL": media.image_url("red")}))
 
@@ -168,64 +169,64 @@ def output(command: list[str], environment: dict[str, str] | None = None) -> str
     return result.stdout
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason="make clients")
+@pytest.mark.skipif(not PYTHON.exists(), reason="`make clients` installs these clients")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("anthropic", TOLD),
-        ("langchain", TOLD),
-        ("litellm", TOLD),
+        ("anthropic", EXPECTED),
+        ("langchain", EXPECTED),
+        ("litellm", EXPECTED),
         ("instructor", OBJECT | {"tool": {"city": "Paris"}}),
     ],
 )
-def test_a_client_for_python(route: Route, name: str, expected: dict[str, Any]) -> None:
-    assert told([str(PYTHON), str(CLIENTS / f"{name}_client.py")], route) == expected
+def test_a_python_client(route: Route, name: str, expected: dict[str, Any]) -> None:
+    assert run_client([str(PYTHON), str(CLIENTS / f"{name}_client.py")], route) == expected
 
 
 @pytest.fixture(scope="module")
 def node() -> str:
-    """Install Node's packages and return its command."""
-    found, npm = shutil.which("node"), shutil.which("npm")
-    if found is None or npm is None:
-        pytest.skip("there is no node or no npm")
+    """The path of Node, once the clients are installed."""
+    path, npm = shutil.which("node"), shutil.which("npm")
+    if path is None or npm is None:
+        pytest.skip("node or npm is not installed")
     command = [npm, "ci", "--no-audit", "--no-fund"]
     result = subprocess.run(command, cwd=CLIENTS, capture_output=True, text=True, timeout=100)
     if result.returncode:
         pytest.skip(f"npm could not install the clients: {result.stderr[-500:]}")
-    return found
+    return path
 
 
 @pytest.mark.parametrize("name", ["openai", "ai-sdk"])
-def test_a_client_for_node(route: Route, node: str, name: str) -> None:
-    assert told([node, str(CLIENTS / f"{name}.mjs")], route) == TOLD | OBJECT
+def test_a_node_client(route: Route, node: str, name: str) -> None:
+    assert run_client([node, str(CLIENTS / f"{name}.mjs")], route) == EXPECTED | OBJECT
 
 
-# ---- What the README says
+# ---- The examples in the README
 
 
 def commands(language: str, word: str) -> list[str]:
-    """Return the README's blocks of a language that hold a word and talk to the local endpoint."""
+    """Return the README's code blocks of a language that contain a word and call the local endpoint."""
     blocks: list[str] = re.findall(rf"(?ms)^```{language}\n(.*?)^```", (ROOT / "README.md").read_text())
     return [block for block in blocks if word in block and "127.0.0.1:8090" in block]
 
 
-def at(endpoint: Endpoint, block: str) -> str:
+def with_port(endpoint: Endpoint, block: str) -> str:
     return block.replace("127.0.0.1:8090", f"127.0.0.1:{endpoint.server.port}")
 
 
-def test_the_readme_has_both() -> None:
+def test_the_readme_has_examples_for_curl_and_openai() -> None:
     assert commands("sh", "curl")
     assert commands("python", "openai")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("block", commands("sh", "curl"))
-def test_the_readmes_curl(endpoint: Endpoint, block: str) -> None:
-    answer = json.loads(output(["bash", "-euc", at(endpoint, block)]))
-    assert answer["status"] == "COMPLETED"
-    assert answer["output"]
+def test_the_readmes_curl_example(endpoint: Endpoint, block: str) -> None:
+    result = json.loads(output(["bash", "-euc", with_port(endpoint, block)]))
+    assert result["status"] == "COMPLETED"
+    assert result["output"]
 
 
 @pytest.mark.parametrize("block", commands("python", "openai"))
-def test_the_readmes_python(endpoint: Endpoint, block: str) -> None:
-    assert output([sys.executable, "-c", at(endpoint, block)]).startswith("Once upon a time")
+def test_the_readmes_python_example(endpoint: Endpoint, block: str) -> None:
+    assert output([sys.executable, "-c", with_port(endpoint, block)]).startswith("Once upon a time")

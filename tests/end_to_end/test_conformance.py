@@ -1,6 +1,6 @@
-"""The gate for every upgrade of vLLM: the worker answers as `vllm serve` does, over HTTP and from the queue.
+"""The worker gives the same responses as `vllm serve`, over HTTP and from the queue.
 
-`make conformance`, and with an earlier release `make conformance VLLM=0.31.0`.
+Every upgrade of vLLM must pass: `make conformance`, or with an earlier release `make conformance VLLM=0.31.0`.
 """
 
 import json
@@ -22,7 +22,7 @@ from worker.request import sse
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back."""
+    """A response."""
 
     status: int
     content_type: str
@@ -54,7 +54,7 @@ def expected(reference: Server) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def over_http(http_worker: HttpWorker) -> Iterator[httpx.Client]:
     with http_worker.client() as client:
-        # What computes log probabilities is compiled at the first request for them, which outlasts this worker's limit.
+        # The first request for log probabilities compiles code and may exceed this worker's REQUEST_TIMEOUT.
         body = {"model": "tiny", "prompt": "Once", "max_tokens": 1, "logprobs": 2}
         while client.post("/v1/completions", json=body).status_code == 504:
             pass
@@ -65,40 +65,40 @@ cases = pytest.mark.parametrize("case", [*ANSWERED, *WRONG], ids=lambda case: ca
 
 
 @cases
-def test_over_http(expected: httpx.Client, over_http: httpx.Client, case: Case) -> None:
+def test_http_responses_are_those_of_vllm_serve(expected: httpx.Client, over_http: httpx.Client, case: Case) -> None:
     assert ask(over_http, case).canonical() == ask(expected, case).canonical()
 
 
 @cases
-def test_from_the_queue(expected: httpx.Client, endpoint: Endpoint, case: Case) -> None:
+def test_job_outputs_are_the_responses_of_vllm_serve(expected: httpx.Client, endpoint: Endpoint, case: Case) -> None:
     answer = ask(expected, case)
     if case.stream:
         job_input = {"openai_route": case.path, "openai_input": case.body}
     else:
         job_input = {"route": case.path, "body": case.body, "method": case.method}
     result = httpx.post(f"{endpoint.url}/runsync", json={"input": job_input}, timeout=60).json()
-    status, content_type, told = answer.canonical()
+    status, content_type, body = answer.canonical()
     if answer.status >= 400:
-        assert_same_error(result, status, told, case)
+        assert_same_error(result, status, body, case)
     elif case.stream:
         assert result["status"] == "COMPLETED"
-        assert canonical.stream("".join(result["output"]).encode()) == told
+        assert canonical.stream("".join(result["output"]).encode()) == body
     else:
         assert result["status"] == "COMPLETED"
-        assert (200, [canonical.value(one) for one in result["output"]]) == (status, [told]), content_type
+        assert (200, [canonical.value(chunk) for chunk in result["output"]]) == (status, [body]), content_type
 
 
-def assert_same_error(result: dict[str, Any], status: int, told: Any, case: Case) -> None:
-    """An error fails the job with vLLM's error object; in a stream's text it is an event with vLLM's body."""
+def assert_same_error(result: dict[str, Any], status: int, body: Any, case: Case) -> None:
+    """Check that the job failed with vLLM's error object or, if it streams, sent an event with vLLM's body."""
     if case.stream:
-        (event, *_), *rest = [part.split("\n\n") for part in result["output"]]
-        assert not rest
-        assert canonical.value(json.loads(event.partition("data: ")[2])) == told
+        (event, *_), *other_parts = [part.split("\n\n") for part in result["output"]]
+        assert not other_parts
+        assert canonical.value(json.loads(event.partition("data: ")[2])) == body
     else:
         assert result["status"] == "FAILED"
         error = canonical.value(json.loads(result["error"]))
-        # What FastAPI answers itself, where the model has no such route, has another form.
-        assert error.items() >= told.get("error", {"code": status}).items()
+        # If the model lacks the route, FastAPI answers, and its body has another form.
+        assert error.items() >= body.get("error", {"code": status}).items()
 
 
 HELLO = {"id": "a", "choices": [{"index": 0, "delta": {"content": "Hel"}, "finish_reason": None}]}
@@ -111,12 +111,12 @@ def streamed(*events: Any) -> list[Any]:
     return canonical.stream(b"".join(map(sse.event, events)) + sse.DONE)
 
 
-def test_where_a_stream_was_cut_makes_no_difference() -> None:
+def test_streams_with_different_cuts_are_equal() -> None:
     assert streamed(HELLO, LO, END) == streamed(WHOLE, END)
 
 
 @pytest.mark.parametrize(
     "other", [[HELLO, END], [LO, HELLO, END], [WHOLE], [WHOLE, {**END, "usage": None}], [WHOLE, LO, END]]
 )
-def test_anything_else_does(other: list[Any]) -> None:
+def test_streams_with_any_other_difference_are_not_equal(other: list[Any]) -> None:
     assert streamed(*other) != streamed(WHOLE, END)

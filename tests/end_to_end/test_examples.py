@@ -1,4 +1,4 @@
-"""The examples, run as their docstrings show them, with the embedded model."""
+"""The examples, run with the embedded model as their docstrings show it."""
 
 import json
 import os
@@ -35,47 +35,50 @@ def base_url(http_worker: HttpWorker) -> str:
 def pictures(tmp_path: Path) -> Path:
     for colour in ("blue", "red"):
         (tmp_path / f"{colour}.png").write_bytes(media.picture(colour))
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     return tmp_path
 
 
 # ---- client.py
 
 
-@pytest.mark.parametrize("how", [(), ("--stream",)])
-def test_the_client_asks_a_server(base_url: str, pictures: Path, how: tuple[str, ...]) -> None:
-    assert run("client.py", "Hello", "--base-url", base_url, *how).stdout == f"{GREETING}\n"
-    asked = run("client.py", "What is this?", "--base-url", base_url, "--image", pictures / "red.png", *how)
-    assert asked.stdout == "The image is red.\n"
+both_ways = pytest.mark.parametrize("flags", [(), ("--stream",)], ids=["not streaming", "streaming"])
 
 
-@pytest.mark.parametrize("how", [(), ("--stream",)])
-def test_the_client_asks_an_endpoint(endpoint: Endpoint, links: Server, tmp_path: Path, how: tuple[str, ...]) -> None:
-    at = ("--endpoint", "local", "--api", endpoint.server.base_url_v2, *how)
-    assert run("client.py", "Hello", *at).stdout == f"{GREETING}\n"
+@both_ways
+def test_the_client_asks_a_server(base_url: str, pictures: Path, flags: tuple[str, ...]) -> None:
+    assert run("client.py", "Hello", "--base-url", base_url, *flags).stdout == f"{GREETING}\n"
+    result = run("client.py", "What is this?", "--base-url", base_url, "--image", pictures / "red.png", *flags)
+    assert result.stdout == "The image is red.\n"
+
+
+@both_ways
+def test_the_client_asks_an_endpoint(endpoint: Endpoint, links: Server, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    target = ("--endpoint", "local", "--api", endpoint.server.base_url_v2, *flags)
+    assert run("client.py", "Hello", *target).stdout == f"{GREETING}\n"
     film = tmp_path / "film.mp4"
     film.write_bytes(media.film("red", "blue"))
     files = ("--video", film, "--image", f"{links.url}/picture/green")
-    assert run("client.py", "What do you see?", *files, *at).stdout == (
+    assert run("client.py", "What do you see?", *files, *target).stdout == (
         "The image is green. The video goes from red to blue.\n"
     )
-    assert "\nOnce upon a time" in "\n" + run("client.py", "Tell me a story", *at).stdout
+    assert "\nOnce upon a time" in "\n" + run("client.py", "Tell me a story", *target).stdout
 
 
-def test_the_client_shows_a_jobs_status(endpoint: Endpoint) -> None:
-    at = ("--endpoint", "local", "--api", endpoint.server.base_url_v2)
-    assert "IN_PROGRESS" in run("client.py", "Tell me a story", *at).stderr
+def test_the_client_shows_the_status_of_a_job(endpoint: Endpoint) -> None:
+    target = ("--endpoint", "local", "--api", endpoint.server.base_url_v2)
+    assert "IN_PROGRESS" in run("client.py", "Tell me a story", *target).stderr
 
 
-def test_the_client_tells_what_is_wrong(endpoint: Endpoint, links: Server, base_url: str) -> None:
-    at = ("--endpoint", "local", "--api", endpoint.server.base_url_v2)
-    for how in ((), ("--stream",)):
-        failed = run("client.py", "?", "--image", f"{links.url}/status/404", *at, *how, code=1)
-        assert "error: The job is FAILED: messages[0].content[0]" in failed.stderr
-    nowhere = run("client.py", "?", "--endpoint", "local", "--api", endpoint.server.url, code=1)
-    assert "knows no such endpoint" in nowhere.stderr
-    no_film = run("client.py", "?", "--video", ROOT / "README.md", "--base-url", base_url, code=1)
-    assert "does not look like the file of a video" in no_film.stderr
+def test_the_client_reports_errors(endpoint: Endpoint, links: Server, base_url: str) -> None:
+    target = ("--endpoint", "local", "--api", endpoint.server.base_url_v2)
+    for flags in ((), ("--stream",)):
+        failed_job = run("client.py", "?", "--image", f"{links.url}/status/404", *target, *flags, code=1)
+        assert "error: The job ended with status FAILED: messages[0].content[0]" in failed_job.stderr
+    wrong_api = run("client.py", "?", "--endpoint", "local", "--api", endpoint.server.url, code=1)
+    assert "has no endpoint with this ID" in wrong_api.stderr
+    wrong_file = run("client.py", "?", "--video", ROOT / "README.md", "--base-url", base_url, code=1)
+    assert "README.md is not that of a video" in wrong_file.stderr
     assert "error: Error code: 401" in run("client.py", "?", "--base-url", base_url, key="wrong", code=1).stderr
 
 
@@ -85,35 +88,35 @@ CHECKS = ["health", "info", "models", "text", "streaming", "image", "image by UR
 
 
 def outcomes(table: str) -> dict[str, str]:
-    found: list[tuple[str, str]] = re.findall(r"^(\S.*?) +(ok|skipped|FAILED) +\d+\.\d\d s  ", table, re.MULTILINE)
-    return dict(found)
+    rows: list[tuple[str, str]] = re.findall(r"^(\S.*?) +(ok|skipped|FAILED) +\d+\.\d\d s  ", table, re.MULTILINE)
+    return dict(rows)
 
 
-@pytest.mark.parametrize("way", ["queue", "http"])
-def test_the_smoke_test(request: pytest.FixtureRequest, links: Server, way: str) -> None:
-    url = request.getfixturevalue("endpoint" if way == "queue" else "http_worker").url
+@pytest.mark.parametrize("mode", ["queue", "http"])
+def test_the_smoke_test_passes(request: pytest.FixtureRequest, links: Server, mode: str) -> None:
+    url = request.getfixturevalue("endpoint" if mode == "queue" else "http_worker").url
     table = run("smoke_test.py", url, "--image-url", f"{links.url}/picture/red").stdout
     assert outcomes(table) == dict.fromkeys(CHECKS, "ok")
     assert outcomes(run("smoke_test.py", url).stdout)["image by URL"] == "skipped"
 
 
-def test_the_smoke_test_fails(http_worker: HttpWorker, links: Server) -> None:
-    seen = outcomes(run("smoke_test.py", http_worker.url, key="wrong", code=1).stdout)
-    assert seen.pop("health") == "ok"
-    assert seen.pop("image by URL") == "skipped"
-    assert set(seen.values()) == {"FAILED"}
-    unseen = run("smoke_test.py", http_worker.url, "--image-url", f"{links.url}/status/404", code=1)
-    assert outcomes(unseen.stdout) == dict.fromkeys(CHECKS, "ok") | {"image by URL": "FAILED"}
+def test_the_smoke_test_fails_with_a_wrong_key_or_link(http_worker: HttpWorker, links: Server) -> None:
+    results = outcomes(run("smoke_test.py", http_worker.url, key="wrong", code=1).stdout)
+    assert results.pop("health") == "ok"
+    assert results.pop("image by URL") == "skipped"
+    assert set(results.values()) == {"FAILED"}
+    wrong_link = run("smoke_test.py", http_worker.url, "--image-url", f"{links.url}/status/404", code=1)
+    assert outcomes(wrong_link.stdout) == dict.fromkeys(CHECKS, "ok") | {"image by URL": "FAILED"}
 
 
 # ---- load_test.py
 
 
-@pytest.mark.parametrize("how", [("--concurrency", 4), ("--rate", 10)])
-def test_the_load_test(base_url: str, tmp_path: Path, how: tuple[object, ...]) -> None:
+@pytest.mark.parametrize("load", [("--concurrency", 4), ("--rate", 10)], ids=["concurrency", "rate"])
+def test_the_load_test_prints_and_plots_times(base_url: str, tmp_path: Path, load: tuple[object, ...]) -> None:
     plot = tmp_path / "load.svg"
     options = ("--duration", 2, "--max-tokens", 10, "--plot", plot)
-    table = run("load_test.py", "--base-url", base_url, *how, *options).stdout
+    table = run("load_test.py", "--base-url", base_url, *load, *options).stdout
     answers = re.match(r"(\d+) answers and 0 errors in ", table)
     assert answers is not None
     assert int(answers[1]) > 4
@@ -125,10 +128,10 @@ def test_the_load_test(base_url: str, tmp_path: Path, how: tuple[object, ...]) -
 
 
 def test_the_load_test_counts_errors(endpoint: Endpoint) -> None:
-    at = ("--base-url", endpoint.server.openai_base_url, "--model", "gpt-9")
-    failed = run("load_test.py", *at, "--concurrency", 2, "--duration", 0.2, code=1)
-    assert "0 answers and " in failed.stdout
-    assert "The model `gpt-9` does not exist" in failed.stderr
+    unknown_model = ("--base-url", endpoint.server.openai_base_url, "--model", "gpt-9")
+    result = run("load_test.py", *unknown_model, "--concurrency", 2, "--duration", 0.2, code=1)
+    assert "0 answers and " in result.stdout
+    assert "The model `gpt-9` does not exist" in result.stderr
 
 
 # ---- caption_images.py
@@ -140,21 +143,21 @@ def captions(folder: Path) -> dict[str, str]:
     return {line["file"]: line["caption"] for line in lines}
 
 
-@pytest.mark.parametrize("way", ["queue", "http"])
-def test_captions(endpoint: Endpoint, base_url: str, pictures: Path, way: str) -> None:
-    run("caption_images.py", pictures, "--base-url", endpoint.server.openai_base_url if way == "queue" else base_url)
+@pytest.mark.parametrize("mode", ["queue", "http"])
+def test_every_image_gets_a_caption(endpoint: Endpoint, base_url: str, pictures: Path, mode: str) -> None:
+    run("caption_images.py", pictures, "--base-url", endpoint.server.openai_base_url if mode == "queue" else base_url)
     assert captions(pictures) == {"blue.png": "The image is blue.", "red.png": "The image is red."}
 
 
-def test_captions_go_on_where_they_stopped(base_url: str, pictures: Path) -> None:
-    (pictures / "captions.jsonl").write_text('{"file": "blue.png", "caption": "Mine."}\n{"file": "red.p')
+def test_a_second_run_captions_the_remaining_images(base_url: str, pictures: Path) -> None:
+    (pictures / "captions.jsonl").write_text('{"file": "blue.png", "caption": "Kept."}\n{"file": "red.p')
     (pictures / "more").mkdir()
     broken = pictures / "more/broken.png"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     first = run("caption_images.py", pictures, "--base-url", base_url, code=1)
-    assert "captions: 1 are there, 2 to come" in first.stderr
+    assert "images: 1 have a caption, 2 do not" in first.stderr
     assert "more/broken.png: Error code: 400" in first.stderr
-    assert captions(pictures) == {"blue.png": "Mine.", "red.png": "The image is red."}
+    assert captions(pictures) == {"blue.png": "Kept.", "red.png": "The image is red."}
     broken.write_bytes(media.picture("green"))
-    assert "captions: 2 are there, 1 to come" in run("caption_images.py", pictures, "--base-url", base_url).stderr
+    assert "images: 2 have a caption, 1 do not" in run("caption_images.py", pictures, "--base-url", base_url).stderr
     assert captions(pictures)["more/broken.png"] == "The image is green."

@@ -48,7 +48,7 @@ def test_a_failed_local_job_exits_with_code_1() -> None:
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [
-        pytest.param(["--test_input", "{input: 1}"], {}, "--test_input is no JSON", id="test input"),
+        pytest.param(["--test_input", "{input: 1}"], {}, "--test_input is not valid JSON", id="test input"),
         pytest.param([], {"MODEL_NAME": "/no/such"}, "MODEL_NAME='/no/such': no such folder", id="model"),
         pytest.param([], {"MAX_CONCURRENCY": "many"}, "MAX_CONCURRENCY='many': ", id="worker setting"),
         pytest.param([], {"MAX_MODEL_LEN": "long"}, "MAX_MODEL_LEN='long': ", id="engine setting"),

@@ -1,4 +1,4 @@
-"""A worker that can never start, as its callers see it."""
+"""A worker that can never start, because its settings are wrong, reports the cause to its callers."""
 
 import signal
 import sys
@@ -16,7 +16,7 @@ COMMAND = [sys.executable, "handler.py"]
 WRONG = {"MAX_CONCURRENCY": "many"}
 
 
-def test_jobs_of_the_queue_fail_with_the_cause() -> None:
+def test_jobs_fail_with_the_cause() -> None:
     with StandinServer() as server, WorkerProcess(COMMAND, worker_environment(server.port) | WRONG) as worker:
         url = server.endpoint_url
         for body in ({"prompt": "Hello"}, {"anything": 1}):
@@ -31,7 +31,7 @@ def test_jobs_of_the_queue_fail_with_the_cause() -> None:
         assert worker.wait(timeout=10) == 0
 
 
-def test_requests_over_http_are_told_the_cause() -> None:
+def test_http_requests_fail_with_the_cause() -> None:
     port = free_port()
     with WorkerProcess(COMMAND, {"PORT": str(port), **WRONG}) as worker:
         url = f"http://127.0.0.1:{port}"
@@ -52,11 +52,11 @@ def _wait_for(url: str) -> None:
             time.sleep(0.1)
         else:
             return
-    pytest.fail("nobody listens")
+    pytest.fail("The worker did not open its port within 10 s.")
 
 
-@pytest.mark.parametrize("environ", [{"STARTUP_FAILURE": "exit"}, {"PORT": "x"}], ids=["told to", "cannot listen"])
-def test_a_worker_that_tells_nobody_leaves(environ: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("environ", [{"STARTUP_FAILURE": "exit"}, {"PORT": "x"}], ids=["by setting", "no port"])
+def test_a_worker_that_cannot_report_the_cause_exits(environ: dict[str, str], tmp_path: Path) -> None:
     with StandinServer() as server, (tmp_path / "log").open("wb") as log:
         with WorkerProcess(COMMAND, {**worker_environment(server.port), **WRONG, **environ}, log) as worker:
             assert worker.wait(timeout=30) == 2
@@ -64,8 +64,8 @@ def test_a_worker_that_tells_nobody_leaves(environ: dict[str, str], tmp_path: Pa
     assert "MAX_CONCURRENCY='many'" in (tmp_path / "log").read_text()
 
 
-def test_a_model_that_does_not_load_is_told_with_its_cause() -> None:
-    """What vLLM says only in the log of its engine's process reaches the caller."""
+def test_a_caller_gets_the_reason_why_a_model_does_not_load() -> None:
+    """vLLM writes the reason only to the log of its engine's process."""
     with StandinServer() as server:
         environ = {**worker_environment(server.port), **tiny.environment(), "NUM_GPU_BLOCKS_OVERRIDE": "1"}
         with WorkerProcess(COMMAND, environ):

@@ -19,7 +19,7 @@ from worker.media.checks import Limits
 from worker.media.video import Capture, Decoders
 from worker.settings import settings
 
-LIMITS = Limits.of(settings.read({}))
+LIMITS = Limits(settings.read({}))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_process_has_no_secrets_and_ends_with_its_worker() -> None:
         from worker.settings import settings
         from worker.media.checks import Limits
         from worker.media.video import Decoders
-        Decoders(Limits.of(settings.read({}))).prepare()
+        Decoders(Limits(settings.read({}))).prepare()
         print("ready", flush=True)
         time.sleep(60)
     """

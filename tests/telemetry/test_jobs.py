@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,29 +10,21 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from worker.telemetry.jobs import Telemetry, outcome_of
-from worker.telemetry.usage import Fetch, Usage, current_usage
+from worker.telemetry.usage import EngineUsage, Fetch, Usage, current_usage
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request to the engine with fixed figures."""
-
-    prompt_tokens: int = 7
-    completion_tokens: int = 3
-    media: Mapping[str, int] = field(default_factory=dict)
-    adapter: str | None = None
-    queue_seconds: float | None = None
-    first_token_at: float | None = None
-    finish_reason: str | None = "stop"
+def request(**usage: Any) -> Callable[[], EngineUsage]:
+    """Return a request to the engine with a fixed usage."""
+    return lambda: EngineUsage(**{"prompt_tokens": 7, "completion_tokens": 3, "finish_reason": "stop", **usage})
 
 
 def logged(
-    caplog: pytest.LogCaptureFixture, telemetry: Telemetry, *requests: Request, route: str = "/tokenize"
+    caplog: pytest.LogCaptureFixture, telemetry: Telemetry, *requests: Callable[[], EngineUsage], route: str = "/tokenize"
 ) -> dict[str, Any]:
     """Run a job with these requests to the engine, and return the fields of its log line."""
     with caplog.at_level(logging.INFO), telemetry.job("job-1", route, {}) as record:
-        for request in requests:
-            record.usage.add(request)
+        for each in requests:
+            record.usage.add(each)
         record.ended_with(200)
     return vars(caplog.records[-1])
 
@@ -50,7 +41,7 @@ def samples(telemetry: Telemetry) -> dict[str, float]:
 
 
 def test_a_job_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    first = Request(first_token_at=time.time() + 1, queue_seconds=0.25, media={"image": 2}, adapter="poet")
+    first = request(first_token_at=time.time() + 1, queue_seconds=0.25, media={"image": 2}, adapter="poet")
     line = logged(caplog, Telemetry("org/model", CollectorRegistry()), first, route="/v1/chat/completions")
     assert line["message"].startswith("Job job-1 ok after 0.0")
     assert line["total_seconds"] < line["ttft_seconds"] <= 1
@@ -71,7 +62,7 @@ def test_a_job_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_requests_of_a_job_are_summed_up(caplog: pytest.LogCaptureFixture) -> None:
-    requests = [Request(media={"image": 1}, finish_reason=None), Request(media={"video": 1}, finish_reason="length")]
+    requests = [request(media={"image": 1}, finish_reason=None), request(media={"video": 1}, finish_reason="length")]
     line = logged(caplog, Telemetry("m", CollectorRegistry()), *requests)
     assert (line["input_tokens"], line["output_tokens"], line["finish_reason"]) == (14, 6, "length")
     assert line["modalities"] == {"text": 1, "image": 1, "video": 1}
@@ -96,8 +87,8 @@ def test_outcomes(status: int, outcome: str) -> None:
 
 def test_jobs_are_counted_by_route_outcome_and_modality(caplog: pytest.LogCaptureFixture) -> None:
     telemetry = Telemetry("m", CollectorRegistry())
-    logged(caplog, telemetry, Request(), route="/v1/responses/{id}/cancel")
-    logged(caplog, telemetry, Request(media={"video": 1, "image": 1}), route="/v1/chat/completions")
+    logged(caplog, telemetry, request(), route="/v1/responses/{id}/cancel")
+    logged(caplog, telemetry, request(media={"video": 1, "image": 1}), route="/v1/chat/completions")
     logged(caplog, telemetry, route="control")
     metrics = samples(telemetry)
     assert metrics["worker_jobs_total['/v1/responses/{id}/cancel', 'ok', 'text']"] == 1
@@ -119,9 +110,7 @@ def test_the_last_error_is_kept_but_not_a_mistake_of_the_caller() -> None:
 
 
 def test_the_usage_of_a_job_without_requests_is_empty() -> None:
-    usage = Usage()
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.media) == (0, 0, {})
-    assert (usage.first_token_at, usage.queue_seconds, usage.finish_reason, usage.adapter) == (None,) * 4
+    assert Usage().total() == EngineUsage()
 
 
 def test_downloads_and_rejected_media_are_counted() -> None:

@@ -1,15 +1,14 @@
 """Turns the settings into vLLM's arguments, with vLLM's own parser and checks."""
 
 import argparse
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import vllm
 from jinja2 import TemplateError
+from pydantic_core import to_jsonable_python
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.launchers import cli_args
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -175,13 +174,9 @@ def changed(args: argparse.Namespace) -> Json:
     defaults = vars(make_arg_parser(_Parser()).parse_args([]))  # type: ignore[no-untyped-call]
     values = {name: value for name, value in sorted(vars(args).items()) if value != defaults.get(name)}
     return {
-        name: "***" if name in SECRETS else json.loads(json.dumps(without_password(value), default=_to_json))
+        name: "***" if name in SECRETS else to_jsonable_python(without_password(value), fallback=str)
         for name, value in values.items()
     }
-
-
-def _to_json(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def _without_values(message: str) -> str:

@@ -3,17 +3,16 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
-from vllm.v1.metrics.stats import RequestStateStats
 
 from worker.request.pace import Pace, current_pace
-from worker.telemetry.usage import current_usage
+from worker.telemetry.usage import EngineUsage, current_usage
 
 
 class Client(AsyncLLM):
@@ -29,7 +28,7 @@ class Client(AsyncLLM):
         for state in states:
             state.queue = collector
         media = prompt.get("mm_placeholders", {}) if isinstance(prompt, dict) else {}
-        usage.add(_Request(states, collector, {modality: len(items) for modality, items in media.items()}))
+        usage.add(partial(_usage, states, collector, {kind: len(items) for kind, items in media.items()}))
         return collector
 
     def _states(self, request_id: str) -> list[RequestState]:
@@ -102,43 +101,18 @@ class PacedCollector(_Collector):
         return output
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """The progress of one request, read from vLLM's own objects: an `EngineRequest`.
-
-    With DISABLE_LOG_STATS there are no times. vLLM measures times in the queue with a clock of its own.
-    """
-
-    states: Sequence[RequestState]
-    collector: _Collector
-    media: Mapping[str, int]
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.states[0].prompt_len if self.states else 0
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(state.detokenizer.num_output_tokens() for state in self.states if state.detokenizer)
-
-    @property
-    def adapter(self) -> str | None:
-        return self.states[0].lora_name if self.states else None
-
-    @property
-    def queue_seconds(self) -> float | None:
-        waits = [stats.scheduled_ts - stats.queued_ts for stats in self._stats if stats.scheduled_ts]
-        return max(waits, default=None)
-
-    @property
-    def first_token_at(self) -> float | None:
-        times = [stats.arrival_time + stats.first_token_latency for stats in self._stats if stats.first_token_latency]
-        return min(times, default=None)
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.collector.finish_reason
-
-    @property
-    def _stats(self) -> list[RequestStateStats]:
-        return [state.stats for state in self.states if state.stats]
+def _usage(states: Sequence[RequestState], collector: _Collector, media: Mapping[str, int]) -> EngineUsage:
+    """Return the usage of a request so far, from vLLM's own objects; with DISABLE_LOG_STATS, without times."""
+    stats = [state.stats for state in states if state.stats]
+    # Both times of the wait are of a clock of vLLM's own.
+    waits = [each.scheduled_ts - each.queued_ts for each in stats if each.scheduled_ts]
+    first_tokens = [each.arrival_time + each.first_token_latency for each in stats if each.first_token_latency]
+    return EngineUsage(
+        prompt_tokens=states[0].prompt_len if states else 0,
+        completion_tokens=sum(state.detokenizer.num_output_tokens() for state in states if state.detokenizer),
+        media=media,
+        adapter=states[0].lora_name if states else None,
+        queue_seconds=max(waits, default=None),
+        first_token_at=min(first_tokens, default=None),
+        finish_reason=collector.finish_reason,
+    )

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from worker.media.checks import Kind, Limit, Limits
 from worker.media.fetch import Fetcher, Policy
 from worker.media.video import DAMAGED, Capture, Decoders
 from worker.settings import Settings
-from worker.telemetry.usage import Fetch, Usage, current_usage
+from worker.telemetry.usage import Fetch, current_usage
 
 _KINDS: dict[type[MediaIO[Any]], Kind] = {ImageMediaIO: "image", VideoMediaIO: "video", AudioMediaIO: "audio"}
 _VLLM_LIMIT = re.compile(r"VLLM_MAX_\w+")
@@ -47,40 +48,32 @@ class Guard:
             ports=settings.media_allowed_ports,
             private_networks=settings.media_allow_private_networks,
         )
-        self.limits = Limits.of(settings)
+        self.limits = Limits(settings)
         self.decoders = Decoders(self.limits)
         self.loop = asyncio.get_running_loop()
         self._fetcher = Fetcher(policy)
-        self._fetches: dict[tuple[Usage, str, Limit], asyncio.Task[bytes]] = {}
+        self._fetches: dict[tuple[object, str, Limit], asyncio.Task[bytes]] = {}
 
     async def fetch(self, url: str, limit: Limit) -> bytes:
-        """Return the file at a link. One job fetches it only once at a time.
-
-        Raises:
-            MediaError: the link is not allowed, or the fetch failed.
-        """
-        if (usage := current_usage.get()) is None:
-            return await self._fetcher.get(url, limit)
-        key = (usage, url.partition("#")[0], limit)
+        """Return the file at a link, or raise `MediaError`. Loads of one job that overlap share a fetch."""
+        # Loads that belong to no job share no fetch.
+        key = (current_usage.get() or object(), url.partition("#")[0], limit)
         if (task := self._fetches.get(key)) is None:
-            task = self._fetches[key] = asyncio.create_task(self._fetch_for(usage, url, limit))
+            task = self._fetches[key] = asyncio.create_task(self._fetch(url, limit))
             task.add_done_callback(lambda _: self._fetches.pop(key))
         return await task
 
-    async def _fetch_for(self, usage: Usage, url: str, limit: Limit) -> bytes:
+    async def _fetch(self, url: str, limit: Limit) -> bytes:
         began = time.monotonic()
         data = await self._fetcher.get(url, limit)
-        usage.fetches.append(Fetch(time.monotonic() - began, len(data)))
+        if (usage := current_usage.get()) is not None:
+            usage.fetches.append(Fetch(time.monotonic() - began, len(data)))
         return data
 
     def open_capture(self, data: bytes) -> Capture:
-        """Open a video in a decoder process.
-
-        Raises:
-            MediaError: the video cannot be opened or exceeds a limit.
-        """
+        """Open a video in a decoder process; raise `MediaError` if that fails, or if it exceeds a limit."""
         capture = self.decoders.capture()
-        # Listed before it is opened, because opening can take long and must be aborted, too, if nobody waits any more.
+        # Added before it is opened, so that a load that is cancelled while the video is being opened aborts it, too.
         if (captures := _captures.get()) is not None:
             captures.append(capture)
         capture.open(data)
@@ -100,23 +93,21 @@ class Connector(MediaConnector):
         self._guard = guard
         self._limits = guard.limits
 
-    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
+    async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         """Return the media behind a link (http:, https:, data: or file:), decoded by vLLM.
 
         Raises:
             RejectedMediaError: the media cannot be used; the message says why, and which part of the request it is.
         """
-        del fetch_timeout
         kind = _KINDS[type(media_io)]
         try:
             return await self._load(url, kind, media_io)
         except MediaError as error:
             raise await asyncio.to_thread(rejected, error, url, kind) from None
 
-    def load_from_url(self, url: str, media_io: MediaIO[Any], *, fetch_timeout: int | None = None) -> Any:
-        """Do the same in another thread than the event loop's: the routes of pooling models do."""
-        loading = self.load_from_url_async(url, media_io, fetch_timeout=fetch_timeout)
-        return asyncio.run_coroutine_threadsafe(loading, self._guard.loop).result()
+    def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
+        """Do the same from another thread than the event loop's, as the routes of pooling models do."""
+        return asyncio.run_coroutine_threadsafe(self.load_from_url_async(url, media_io), self._guard.loop).result()
 
     async def _load(self, url: str, kind: Kind, media_io: MediaIO[Any]) -> Any:
         limit = self._limits.bytes[kind]
@@ -179,9 +170,12 @@ class Connector(MediaConnector):
         return decoded
 
     def _downscaled(self, image: MediaWithBytes[Image.Image]) -> MediaWithBytes[Image.Image]:
-        pixels = self._limits.downscale_pixels
-        if (smaller := checks.downscaled(image.media, pixels)) is image.media:
+        pixels, (width, height) = self._limits.downscale_pixels, image.media.size
+        if pixels is None or width * height <= pixels:
             return image
+        scale = math.sqrt(pixels / (width * height))
+        size = (max(1, int(width * scale)), max(1, int(height * scale)))
+        smaller = image.media.resize(size, Image.Resampling.LANCZOS)
         # vLLM caches the image under a key of its bytes and `io_config`.
         return MediaWithBytes(smaller, image.original_bytes, {**(image.io_config or {}), "downscale_pixels": pixels})
 

@@ -5,6 +5,7 @@ import json
 import logging
 from argparse import Namespace
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import torch
 import vllm
@@ -32,12 +33,6 @@ SHUTDOWN_SECONDS = 1.0
 BLACK_IMAGE = "data:image/webp;base64,UklGRiAAAABXRUJQVlA4TBQAAAAvP8APAAcQEf0PAAnh/3stov+pHw=="
 
 
-class _Liveness:
-    """Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead."""
-
-    should_exit = False
-
-
 class Engine:
     """A loaded model and, once attached, vLLM's API over it."""
 
@@ -48,7 +43,8 @@ class Engine:
         self._silence = Silence(client)
         # With DISABLE_LOG_STATS the engine sends nothing while it reads a long prompt.
         self._stall_seconds = float("inf") if args.disable_log_stats else settings.engine_stall_timeout
-        self._liveness = _Liveness()
+        # Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead.
+        self._liveness = SimpleNamespace(should_exit=False)
         self._attaching = asyncio.Lock()
         self._app: App | None = None
         self._lifespan: asyncio.Task[None] | None = None

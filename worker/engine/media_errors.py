@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, cast
@@ -20,7 +20,7 @@ from worker.telemetry.usage import current_usage
 
 _TOO_MANY = re.compile(r"At most (\d+) (image|video|audio)")
 
-_body: ContextVar[list[bytes] | None] = ContextVar("body", default=None)
+_body: ContextVar[Sequence[bytes]] = ContextVar("body", default=())
 """The body of the current request, in pieces: vLLM raises errors where it no longer knows the request."""
 
 
@@ -52,7 +52,7 @@ def keep_bodies(app: App) -> App:
 
 def rejected(error: MediaError, url: str, kind: Kind) -> RejectedMediaError:
     """Complete an error about the media behind `url` with its part of the request. Parses the body: use a thread."""
-    path = parts.path_of(b"".join(_body.get() or ()), url)
+    path = parts.path_of(b"".join(_body.get()), url)
     message = f"{path or 'The request'}, {'a' if kind == 'video' else 'an'} {kind}: {error}."
     return RejectedMediaError(_counted(type(error)(message, param=path)))
 
@@ -90,7 +90,7 @@ def _from_vllm(error: Exception) -> MediaError | None:
 
 def _about_part(index: int, kinds: Iterable[Kind], reason: str) -> MediaError:
     """Return an error about the part at `index` among the parts of these kinds."""
-    body = b"".join(_body.get() or ())
+    body = b"".join(_body.get())
     paths = [path for kind in kinds for path in parts.paths_of(body, kind)]
     path = paths[index] if index < len(paths) else None
     return _counted(MediaError(f"{path or 'The request'}: {reason}.", param=path))

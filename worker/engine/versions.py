@@ -1,6 +1,7 @@
 """The differences between the supported releases of vLLM: 0.32, 0.31 and 0.30."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -8,11 +9,9 @@ from typing import Any
 def _import(name: str, *modules: str, default: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """Return the function `name` from the first of `modules` that has it, else `default`."""
     for module in modules:
-        try:
+        with suppress(ImportError, AttributeError):
             function: Callable[..., Any] = getattr(import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-        return function
+            return function
     if default is None:
         raise ImportError(f"This release of vLLM has no {name}. The worker supports 0.32, 0.31 and 0.30.")
     return default

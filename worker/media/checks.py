@@ -1,13 +1,10 @@
 """Limits for media, and the checks that run before anything is decoded."""
 
 import io
-import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -21,13 +18,11 @@ from worker.settings.settings import Settings
 Kind = Literal["image", "video", "audio"]
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-FORMATS: Mapping[Kind, str] = MappingProxyType(
-    {
-        "image": "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF",
-        "video": "MP4, MOV, WebM, MKV, AVI, GIF, and lists of JPEG frames",
-        "audio": "WAV, MP3, FLAC, OGG, AAC, M4A, and the audio tracks of MP4, MOV and WebM",
-    }
-)
+FORMATS: Mapping[Kind, str] = {
+    "image": "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF",
+    "video": "MP4, MOV, WebM, MKV, AVI, GIF, and lists of JPEG frames",
+    "audio": "WAV, MP3, FLAC, OGG, AAC, M4A, and the audio tracks of MP4, MOV and WebM",
+}
 
 
 class Limit(NamedTuple):
@@ -40,69 +35,40 @@ class Limit(NamedTuple):
         return f"{self.setting}={self.value:.15g}"
 
 
-@dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits for all media."""
+    """The limits for all media, from the settings."""
 
-    bytes: Mapping[Kind, Limit]
-    """The size of a file, by kind."""
-    image_pixels: Limit
-    """The pixels of an image, or of one frame of a video."""
-    video_pixels: Limit
-    """The pixels of all sampled frames of a video together."""
-    video_seconds: Limit
-    decode_seconds: Limit
-    """The time for decoding one video."""
-    downscale_pixels: int | None
-    """Larger images are scaled down to this many pixels; None leaves them as they are."""
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Limits":
-        """Return the limits that the settings define."""
-
+    def __init__(self, settings: Settings) -> None:
         def limit(setting: str) -> Limit:
             return Limit(setting, getattr(settings, setting.lower()))
 
-        return cls(
-            bytes={
-                "image": limit("MAX_IMAGE_BYTES"),
-                "video": limit("MAX_VIDEO_BYTES"),
-                "audio": limit("MAX_AUDIO_BYTES"),
-            },
-            image_pixels=limit("MAX_IMAGE_PIXELS"),
-            video_pixels=limit("MAX_VIDEO_PIXELS"),
-            video_seconds=limit("MAX_VIDEO_SECONDS"),
-            decode_seconds=limit("MEDIA_DECODE_TIMEOUT"),
-            downscale_pixels=settings.image_downscale_pixels,
-        )
+        self.bytes: Mapping[Kind, Limit] = {kind: limit(f"MAX_{kind.upper()}_BYTES") for kind in FORMATS}
+        """The size of a file, by kind."""
+        self.image_pixels = limit("MAX_IMAGE_PIXELS")
+        """The pixels of an image, or of one frame of a video."""
+        self.video_pixels = limit("MAX_VIDEO_PIXELS")
+        """The pixels of all sampled frames of a video together."""
+        self.video_seconds = limit("MAX_VIDEO_SECONDS")
+        self.decode_seconds = limit("MEDIA_DECODE_TIMEOUT")
+        """The time for decoding one video."""
+        self.downscale_pixels = settings.image_downscale_pixels
+        """Larger images are scaled down to this many pixels; None leaves them as they are."""
 
 
 def check_size(size: int, limit: Limit) -> None:
-    """Check the size of a file, in bytes.
-
-    Raises:
-        MediaTooLargeError: the file is too large.
-    """
+    """Raise `MediaTooLargeError` if a file of `size` bytes is too large."""
     if size > limit.value:
         raise MediaTooLargeError(f"it has more bytes than {limit} allows")
 
 
 def check_pixels(width: int, height: int, limit: Limit) -> None:
-    """Check the size of an image or a frame, in pixels.
-
-    Raises:
-        MediaTooLargeError: it is too large.
-    """
+    """Raise `MediaTooLargeError` if an image or a frame has too many pixels."""
     if width * height > limit.value:
         raise MediaTooLargeError(f"it is {width} x {height} pixels large, which is more than {limit} allows")
 
 
 def check_kind(data: bytes, kind: Kind) -> None:
-    """Check that a file's content is of a kind, so that decoders get the formats that they are meant for.
-
-    Raises:
-        MediaError: the content is of another kind or of an unknown format.
-    """
+    """Raise `MediaError` unless a file's content is of this kind: decoders get only formats that they are meant for."""
     if not data:
         raise MediaError("it is empty")
     detected = media_type(data)
@@ -115,11 +81,7 @@ def check_kind(data: bytes, kind: Kind) -> None:
 
 
 def check_image(data: bytes, limits: Limits) -> int:
-    """Check an image's size in bytes, its format and the size in its header; return how many pixels it has.
-
-    Raises:
-        MediaError: the image must not be decoded.
-    """
+    """Return an image's number of pixels. Raise `MediaError` if its size, format or header is not accepted."""
     check_size(len(data), limits.bytes["image"])
     check_kind(data, "image")
     try:
@@ -134,25 +96,12 @@ def check_image(data: bytes, limits: Limits) -> int:
 
 
 def check_frames(pixels: int, limits: Limits) -> None:
-    """Check how many pixels the frames of a video have together.
-
-    Raises:
-        MediaTooLargeError: they have too many.
-    """
+    """Raise `MediaTooLargeError` if the frames of a video have too many pixels together."""
     if pixels > limits.video_pixels.value:
         raise MediaTooLargeError(
             f"its frames together have more pixels than {limits.video_pixels} allows; "
             "a lower VIDEO_MAX_FRAMES samples fewer frames"
         )
-
-
-def downscaled(image: Image.Image, pixels: int | None) -> Image.Image:
-    """Scale an image down to at most `pixels`, keeping its aspect ratio."""
-    if pixels is None or image.width * image.height <= pixels:
-        return image
-    scale = math.sqrt(pixels / (image.width * image.height))
-    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def read_file(link: str, folder: Path | None, limit: Limit) -> bytes:
@@ -173,20 +122,12 @@ def read_file(link: str, folder: Path | None, limit: Limit) -> bytes:
         raise RefusedLinkError(f"a file: link must point into ALLOWED_LOCAL_MEDIA_PATH={folder}")
     try:
         # O_NONBLOCK: opening a pipe or a device must not wait. It is rejected after opening.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            return _read_open_file(descriptor, folder, limit)
-        finally:
-            os.close(descriptor)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            status, real_path = os.fstat(file.fileno()), Path(f"/proc/self/fd/{file.fileno()}").resolve()
+            # The folder is checked again, because the path may have changed before it was opened.
+            if not stat.S_ISREG(status.st_mode) or not real_path.is_relative_to(folder):
+                raise MediaError("the file: link does not point to a regular file in ALLOWED_LOCAL_MEDIA_PATH")
+            check_size(status.st_size, limit)
+            return file.read(status.st_size)
     except OSError:
         raise MediaError("the file: link points to a file that does not exist or cannot be read") from None
-
-
-def _read_open_file(descriptor: int, folder: Path, limit: Limit) -> bytes:
-    """Read an open file after checking its type, and its folder again: a path may change before it is opened."""
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or not Path(f"/proc/self/fd/{descriptor}").resolve().is_relative_to(folder):
-        raise MediaError("the file: link does not point to a regular file in ALLOWED_LOCAL_MEDIA_PATH")
-    check_size(status.st_size, limit)
-    with os.fdopen(descriptor, "rb", closefd=False) as file:
-        return file.read(status.st_size)

@@ -37,23 +37,23 @@ def main(socket: int, memory: int) -> None:
     frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
     # From here on no file and no connection can be opened, even if FFmpeg takes a video for a list of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    capture: cv2.VideoCapture | None = None
+    capture: Any = None
+    reply: object
     while True:
         name, *arguments = json.loads(connection.recv_bytes())
         if name == "close":
-            capture = None
-            reply(connection, value=True)
+            capture, reply = None, True
         elif name == "open":
             # A new capture each time: calling `release()` crashes this version of OpenCV.
             capture = cv2.VideoCapture(io.BytesIO(connection.recv_bytes()), cv2.CAP_FFMPEG, [])  # type: ignore[call-overload]
-            reply(connection, capture.isOpened())
-        elif capture is not None and name == "grab":
-            (times,) = arguments
-            reply(connection, [capture.grab() for _ in range(times)])
-        elif capture is not None and name == "retrieve":
-            reply(connection, retrieve(capture, frames))
-        elif capture is not None:
-            reply(connection, getattr(capture, name)(*arguments))
+            reply = capture.isOpened()
+        elif name == "grab":
+            reply = [capture.grab() for _ in range(arguments[0])]
+        elif name == "retrieve":
+            reply = retrieve(capture, frames)
+        else:
+            reply = getattr(capture, name)(*arguments)
+        connection.send_bytes(json.dumps(reply).encode())
 
 
 def retrieve(capture: cv2.VideoCapture, frames: npt.NDArray[np.uint8]) -> tuple[int, ...] | None:
@@ -72,11 +72,6 @@ def exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     os._exit(1)
-
-
-def reply(connection: "Connection[Any, Any]", value: object) -> None:
-    """Send a value as JSON."""
-    connection.send_bytes(json.dumps(value).encode())
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ checked addresses. Every redirect is checked as a new link. Proxies and credenti
 
 import asyncio
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -36,11 +36,7 @@ class Policy:
     """Allow every address and every port."""
 
     def check(self, url: URL) -> None:
-        """Check a link before its host is resolved.
-
-        Raises:
-            RefusedLinkError: the link is not allowed.
-        """
+        """Raise `RefusedLinkError` if a link is not allowed. Its host is not resolved."""
         if url.scheme not in ("http", "https") or not url.host:
             raise RefusedLinkError(
                 "only https:, http:, data: and file: links are accepted; for s3: and the like, presign an https: link"
@@ -49,13 +45,13 @@ class Policy:
             raise RefusedLinkError("a link must not contain a user name or password")
         for patterns in self.domains:
             if not any(_matches(url.host, pattern) for pattern in patterns):
-                raise RefusedLinkError(f"the link's host is not in MEDIA_ALLOWED_DOMAINS={_listed(patterns)}")
+                raise RefusedLinkError(f"the link's host is not in MEDIA_ALLOWED_DOMAINS={','.join(patterns)}")
         if "%" in url.host.partition("%25")[0]:
             raise RefusedLinkError("the link's host is malformed")
         if self.private_networks:
             return
         if url.port not in self.ports:
-            raise RefusedLinkError(f"the link's port is not in MEDIA_ALLOWED_PORTS={_listed(self.ports)}")
+            raise RefusedLinkError(f"the link's port is not in MEDIA_ALLOWED_PORTS={','.join(map(str, self.ports))}")
         if not may_be_public(url.host):
             raise RefusedLinkError("the link does not lead to a public address")
 
@@ -63,10 +59,6 @@ class Policy:
 def _matches(host: str, pattern: str) -> bool:
     host, pattern = host.rstrip(".").lower(), pattern.rstrip(".").lower()
     return host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
-
-
-def _listed(items: Iterable[object]) -> str:
-    return ",".join(map(str, items))
 
 
 def _parse(link: str) -> URL:
@@ -88,11 +80,7 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """Return the addresses of a name.
-
-        Raises:
-            RefusedLinkError: one of the addresses is not public.
-        """
+        """Return the addresses of a name; raise `RefusedLinkError` if one of them is not public."""
         results = await self._resolver.resolve(host, port, family)
         if not self._policy.private_networks and not all(is_public(result["host"]) for result in results):
             raise RefusedLinkError("the link does not lead to a public address")
@@ -104,12 +92,11 @@ class GuardedResolver(AbstractResolver):
 
 
 class Fetcher:
-    """Fetches links over pooled connections. Use it in one event loop only."""
+    """Fetches links over pooled connections. Create and use it in the same event loop."""
 
     def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
-        self._resolver = resolver
-        self._session: aiohttp.ClientSession | None = None
+        self._resolver = resolver or ThreadedResolver()
 
     async def get(self, link: str, limit: Limit) -> bytes:
         """Return the file at a link, decompressed, of at most `limit` bytes.
@@ -138,7 +125,7 @@ class Fetcher:
     async def _follow(self, url: URL, limit: Limit) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(url)
-            async with self._client().get(url, allow_redirects=False) as response:
+            async with self._session.get(url, allow_redirects=False) as response:
                 if response.status not in REDIRECTS:
                     return await _read_body(response, limit)
                 location = response.headers.get("location")
@@ -147,21 +134,18 @@ class Fetcher:
             url = url.join(_parse(location))
         raise MediaError(f"the link redirects more than {MAX_REDIRECTS} times")
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            resolver = GuardedResolver(self._policy, self._resolver or ThreadedResolver())
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=resolver, limit=0),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": "runpod-vllm-worker", "Accept": "*/*"},
-                trust_env=False,
-            )
-        return self._session
+    @cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=GuardedResolver(self._policy, self._resolver), limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": "runpod-vllm-worker", "Accept": "*/*"},
+            trust_env=False,
+        )
 
     async def aclose(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        await self._session.close()
 
 
 async def _read_body(response: aiohttp.ClientResponse, limit: Limit) -> bytes:

@@ -2,18 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from worker.media.checks import Kind
 
-KEYS: Mapping[Kind, frozenset[str]] = MappingProxyType(
-    {
-        "image": frozenset({"image", "image_url", "input_image"}),
-        "video": frozenset({"video", "video_url", "input_video"}),
-        "audio": frozenset({"audio_url", "input_audio"}),
-    }
-)
+KEYS: Mapping[Kind, tuple[str, ...]] = {
+    "image": ("image", "image_url", "input_image"),
+    "video": ("video", "video_url", "input_video"),
+    "audio": ("audio_url", "input_audio"),
+}
 """The values of a part's `type` for each kind, in the APIs of OpenAI, vLLM and Anthropic."""
 
 MAX_VISITED = 10_000
@@ -35,8 +32,7 @@ def path_of(body: bytes, link: str) -> str | None:
 
 def paths_of(body: bytes, kind: Kind) -> list[str]:
     """Return the paths of all parts of a kind, in order."""
-    types = ((path, part.get("type")) for path, part in _values(body) if isinstance(part, dict))
-    return [path for path, part_type in types if isinstance(part_type, str) and part_type in KEYS[kind]]
+    return [path for path, part in _values(body) if isinstance(part, dict) and part.get("type") in KEYS[kind]]
 
 
 def _values(body: bytes) -> Iterator[tuple[str, Any]]:
@@ -50,18 +46,9 @@ def _values(body: bytes) -> Iterator[tuple[str, Any]]:
             return
         path, value = pending.pop()
         yield path, value
-        pending += [(_joined(path, key), item) for key, item in reversed(list(_items(value)))]
-
-
-def _items(value: Any) -> Iterator[tuple[str | int, Any]]:
-    if isinstance(value, dict):
-        # Text written by users is skipped: it may be equal to a link.
-        yield from ((key, item) for key, item in value.items() if key != "text")
-    elif isinstance(value, list):
-        yield from enumerate(value)
-
-
-def _joined(path: str, key: str | int) -> str:
-    if isinstance(key, int):
-        return f"{path}[{key}]"
-    return f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            # Text written by users is skipped: it may be equal to a link.
+            items = [(f"{path}.{key}" if path else key, item) for key, item in value.items() if key != "text"]
+            pending += reversed(items)
+        elif isinstance(value, list):
+            pending += reversed([(f"{path}[{index}]", item) for index, item in enumerate(value)])

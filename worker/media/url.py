@@ -19,7 +19,10 @@ def from_text(text: str, kind: str) -> str:
     if _SCHEME.match(text):
         return text
     encoded = "".join(text.split())
-    detected = _media_type(encoded)
+    try:
+        detected = media_type(base64.b64decode(encoded[: HEAD_BYTES // 3 * 4], validate=True))
+    except ValueError:
+        detected = None
     if detected is None:
         raise ValueError(
             f"is neither a URL (https:, http:, data:) nor a base64 {kind} file: its first bytes match no known format."
@@ -27,11 +30,3 @@ def from_text(text: str, kind: str) -> str:
     if not fits(detected, kind):
         raise ValueError(f"contains {detected} where {kind} data is expected.")
     return f"data:{detected};base64,{encoded}"
-
-
-def _media_type(encoded: str) -> str | None:
-    """Return the media type of a base64 file, or None if the base64 is invalid or the format unknown."""
-    try:
-        return media_type(base64.b64decode(encoded[: HEAD_BYTES // 3 * 4], validate=True))
-    except ValueError:
-        return None

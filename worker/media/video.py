@@ -42,7 +42,7 @@ class _Process:
         descriptors = (theirs.fileno(), memory)
         with theirs, os.fdopen(memory):
             # The worker's own environment is not passed on: it contains secrets.
-            self._process = processes.start(
+            self.popen = processes.start(
                 "worker.media.decoder",
                 *map(str, descriptors),
                 environ={"OPENCV_LOG_LEVEL": "OFF"},
@@ -53,16 +53,9 @@ class _Process:
             )
         self.connection: Connection[Any, Any] = Connection(ours.detach())
 
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._process.kill()
-
     def close(self) -> None:
-        self.kill()
-        self._process.wait()
+        self.popen.kill()
+        self.popen.wait()
         self.connection.close()
 
 
@@ -84,7 +77,7 @@ class Decoders:
 
     def _take(self) -> _Process:
         with suppress(queue.Empty):
-            while not (process := self._idle.get_nowait()).is_alive:
+            while (process := self._idle.get_nowait()).popen.poll() is not None:
                 process.close()
             return process
         return self._start()
@@ -114,6 +107,7 @@ class Capture:
 
     def __init__(self, process: _Process, limits: Limits, give_back: Callable[[_Process], None]) -> None:
         self._process: _Process | None = process
+        self._frames = process.frames
         self._limits = limits
         self._give_back = give_back
         self._deadline = time.monotonic() + START_SECONDS + limits.decode_seconds.value
@@ -123,18 +117,9 @@ class Capture:
         self._pixels = 0
 
     def open(self, data: bytes) -> None:
-        """Open a video.
-
-        Raises:
-            MediaError: the video cannot be opened or exceeds a limit.
-        """
+        """Open a video, and compare its container's metadata with the limits before any frame is decoded."""
         if not self._request("open", video=data):
             raise MediaError(DAMAGED)
-        self._check()
-        self._deadline = time.monotonic() + self._limits.decode_seconds.value
-
-    def _check(self) -> None:
-        """Compare the container's metadata with the limits before any frame is decoded."""
         width, height = int(self.get(cv2.CAP_PROP_FRAME_WIDTH)), int(self.get(cv2.CAP_PROP_FRAME_HEIGHT))
         frames, rate = self.get(cv2.CAP_PROP_FRAME_COUNT), self.get(cv2.CAP_PROP_FPS)
         longest = self._limits.video_seconds
@@ -145,6 +130,7 @@ class Capture:
             raise MediaError("its container does not state its duration; remux the video")
         if frames / rate > longest.value:
             raise MediaTooLargeError(f"it is {frames / rate:.0f} s long, which is more than {longest} allows")
+        self._deadline = time.monotonic() + self._limits.decode_seconds.value
 
     def get(self, prop: int) -> float:
         """Return a property, one of `cv2.CAP_PROP_…`."""
@@ -163,16 +149,14 @@ class Capture:
         if self._skipping and self._deferred < MAX_DEFERRED:
             self._deferred += 1
             return True
-        self._send_deferred_grabs()
         self._skipping = True
-        return self._grab(1)
+        return self._send_grabs(1)
 
-    def _send_deferred_grabs(self) -> bool:
-        deferred, self._deferred = self._deferred, 0
-        return self._grab(deferred) if deferred else True
-
-    def _grab(self, times: int) -> bool:
-        """Grab several frames at once; return whether the last one exists."""
+    def _send_grabs(self, more: int = 0) -> bool:
+        """Send the deferred grabs and `more`; return whether the last frame exists, or True if there was no grab."""
+        times, self._deferred = self._deferred + more, 0
+        if not times:
+            return True
         grabbed: list[bool] = self._request("grab", times)
         self._misses = 0 if any(grabbed) else self._misses + times
         if self._misses > MAX_MISSES:
@@ -184,7 +168,7 @@ class Capture:
 
         The next call overwrites the frame.
         """
-        if not self._send_deferred_grabs():
+        if not self._send_grabs():
             return False, None
         shape = self._request_after_grabs("retrieve")
         if shape is None:
@@ -193,7 +177,7 @@ class Capture:
         check_pixels(width, height, self._limits.image_pixels)
         self._pixels += height * width
         check_frames(self._pixels, self._limits)
-        return True, self._open_process().frames[: height * width * channels].reshape(height, width, channels)
+        return True, self._frames[: height * width * channels].reshape(height, width, channels)
 
     def read(self) -> tuple[bool, Frame | None]:
         """Go to the next frame and return it as `retrieve` does."""
@@ -202,7 +186,7 @@ class Capture:
     def abort(self) -> None:
         """Make the call that another thread is waiting for fail at once."""
         if process := self._process:
-            process.kill()
+            process.popen.kill()
 
     def close(self) -> None:
         """Return the process to the pool if it still works."""
@@ -215,31 +199,24 @@ class Capture:
             self._give_back(process)
 
     def _request_after_grabs(self, name: str, *arguments: object) -> Any:
-        self._send_deferred_grabs()
+        self._send_grabs()
         self._skipping = False
         return self._request(name, *arguments)
 
     def _request(self, name: str, *arguments: object, video: bytes | None = None) -> Any:
         """Send a request and return the reply. Without a reply, end the process, whose state is then unknown."""
-        connection = self._open_process().connection
-        try:
+        if self._process is None:
+            raise MediaError(DAMAGED)
+        connection, is_late = self._process.connection, False
+        with suppress(OSError, EOFError, ValueError):
             connection.send_bytes(json.dumps([name, *arguments]).encode())
             if video is not None:
                 connection.send_bytes(video)
             if connection.poll(max(0.0, self._deadline - time.monotonic())):
                 return json.loads(connection.recv_bytes())
-        except (OSError, EOFError, ValueError):
-            self._end_process()
-            raise MediaError(DAMAGED) from None
-        self._end_process()
-        raise MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s allows")
-
-    def _open_process(self) -> _Process:
-        if self._process is None:
-            raise MediaError(DAMAGED)
-        return self._process
-
-    def _end_process(self) -> None:
-        if self._process is not None:
-            self._process.close()
-            self._process = None
+            is_late = True
+        self._process.close()
+        self._process = None
+        if is_late:
+            raise MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s allows")
+        raise MediaError(DAMAGED)

@@ -17,7 +17,6 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".tar"
 STALE_SECONDS = 3600.0
 """The age at which a temporary file counts as abandoned."""
 EXCLUDED = ("assets", "modelinfos")
@@ -35,7 +34,7 @@ class CompileCache:
 
     def __init__(self, folder: Path, key: str, local: Path, max_bytes: int) -> None:
         self._folder = folder
-        self._archive = folder / f"{key}{SUFFIX}"
+        self._archive = folder / f"{key}.tar"
         self._local = local
         self._max_bytes = max_bytes
         self._saved: dict[str, int] = {}
@@ -50,17 +49,20 @@ class CompileCache:
                 tarfile.open(self._archive, "r:") as archive,
             ):
                 archive.extractall(temporary, filter="data")
-                _move(Path(temporary), self._local)
+                for file in filter(Path.is_file, Path(temporary).rglob("*")):
+                    target = self._local / file.relative_to(temporary)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
             # The modification time decides which archives are evicted.
             os.utime(self._archive)
-            restored = True
+            return True
         except FileNotFoundError:
-            restored = False
+            return False
         except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             log.warning("The compile cache cannot be used (%s). vLLM compiles again", type(error).__name__)
-            restored = False
-        self._saved = self._files()
-        return restored
+            return False
+        finally:
+            self._saved = self._files()
 
     def save(self) -> bool:
         """Write the archive if there are new files; return whether it was written."""
@@ -79,9 +81,8 @@ class CompileCache:
                     for name in sorted(files):
                         archive.add(self._local / name, name)
                 Path(temporary).replace(self._archive)
-            except BaseException:
+            finally:
                 Path(temporary).unlink(missing_ok=True)
-                raise
             self._evict()
         except (OSError, tarfile.TarError) as error:
             log.warning("The compile cache cannot be saved (%s)", type(error).__name__)
@@ -98,17 +99,9 @@ class CompileCache:
         for temporary in self._folder.glob("*.tmp"):
             if time.time() - temporary.stat().st_mtime > STALE_SECONDS:
                 temporary.unlink(missing_ok=True)
-        archives = [(path, path.stat()) for path in self._folder.glob(f"*{SUFFIX}")]
+        archives = [(path, path.stat()) for path in self._folder.glob("*.tar")]
         free = self._max_bytes
         for path, status in sorted(archives, key=lambda item: (item[0] != self._archive, -item[1].st_mtime)):
             free -= status.st_size
             if free < 0:
                 path.unlink(missing_ok=True)
-
-
-def _move(source: Path, target: Path) -> None:
-    for path in source.rglob("*"):
-        if path.is_file():
-            moved = target / path.relative_to(source)
-            moved.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(moved)

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 from huggingface_hub import errors, snapshot_download
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from worker.backoff import Backoff
@@ -34,7 +35,6 @@ NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "*.pth", "original/*", "*.m
 REVISION_VARIABLES = {"MODEL_NAME": "MODEL_REVISION", "TOKENIZER": "TOKENIZER_REVISION"}
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 ATTEMPTS = 3
-PROGRESS_SECONDS = 1.0
 SPARE_BYTES = 1 << 30
 """Disk space that stays free after a download."""
 
@@ -43,18 +43,17 @@ def main(names: Collection[str]) -> int:
     """Download repositories and print the result; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    result: dict[str, Any] = {}
-    code = 0
+    exit_code = 0
     try:
         settings = read(environment.read())
-        for repository in (repositories.model(settings), *repositories.others(settings)):
-            if not names or repository.value in names:
-                result[repository.value] = str(download(repository, settings))
+        needed = (repositories.model(settings), *repositories.others(settings))
+        chosen = [repository for repository in needed if not names or repository.value in names]
+        result: dict[str, Any] = {repository.value: str(download(repository, settings)) for repository in chosen}
     except StartupError as error:
-        code = error.exit_code
-        result = {"error": str(error), "exit_code": code}
+        exit_code = error.exit_code
+        result = {"error": str(error), "exit_code": exit_code}
     sys.stdout.write(json.dumps(result) + "\n")
-    return code
+    return exit_code
 
 
 def download(repository: Repository, settings: Settings) -> Path:
@@ -101,11 +100,8 @@ def _download(repository: Repository, settings: Settings) -> Path:
         place = f"nothing at {path!r}" if path else "no files"
         raise ConfigurationError(f"{_setting(repository)}: the repository has {place}. Correct the name or the path.")
     ignored = _ignored({file.filename for file in files}, repository)
-    missing = sum(
-        file.file_size
-        for file in files
-        if file.will_download and not any(fnmatch.fnmatchcase(file.filename, pattern) for pattern in ignored)
-    )
+    needed = filter_repo_objects(files, ignore_patterns=ignored, key=lambda file: file.filename)
+    missing = sum(file.file_size for file in needed if file.will_download)
     snapshot = Path(files[0].local_path).parents[len(Path(files[0].filename).parts) - 1]
     log.info("Downloading %s, %.1f GB, from the Hugging Face Hub into %s", repository.name, missing / 1e9, snapshot)
     _check_disk(snapshot, missing)
@@ -119,11 +115,7 @@ def _download(repository: Repository, settings: Settings) -> Path:
 
 
 def _ignored(names: Collection[str], repository: Repository) -> list[str]:
-    """Return patterns of the files not to download, given the names of all files.
-
-    Raises:
-        ConfigurationError: vLLM cannot load the format of the weights.
-    """
+    """Return patterns of the files not to download, given the names of all files."""
     weights = weight_files(names) if repository.has_weights else []
     suffix = next((suffix for suffix in FORMATS if weights and weights[0].endswith(suffix)), None)
     if suffix == GGUF and not repository.is_file:
@@ -164,21 +156,17 @@ def _permanent(error: BaseException, repository: Repository) -> str | None:
 
 
 def _check_disk(folder: Path, size: int) -> None:
-    """Check that `size` bytes fit on the disk of a folder, which may not exist yet.
-
-    Raises:
-        StartupError: the disk has too little space.
-    """
+    """Check that `size` bytes fit on the disk of a folder, which may not exist yet."""
     existing, free = free_disk(folder)
     if size + SPARE_BYTES > free:
         raise StartupError(
             f"The download needs {size / 1e9:.1f} GB and {SPARE_BYTES / 1e9:.1f} GB to spare, but the disk of "
-            f"{existing} has {free / 1e9:.1f} GB free. Give the container a larger disk, or the endpoint a network volume."
+            f"{existing} has {free / 1e9:.1f} GB free. Give the container a larger disk, or use a network volume."
         )
 
 
 @contextmanager
-def _progress(cache: Path, size: int, every: float = PROGRESS_SECONDS) -> Iterator[None]:
+def _progress(cache: Path, size: int, every: float = 1.0) -> Iterator[None]:
     """Log every tenth of a download of `size` bytes; on a terminal, leave it to the progress bars of the Hub's library.
 
     `cache` is the repository's folder in the cache, `every` the seconds between two looks at it.

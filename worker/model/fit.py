@@ -48,11 +48,6 @@ class Estimate:
     available: float
     length: int
 
-    @property
-    def fits(self) -> bool:
-        """Whether the model fits."""
-        return self.weights + self.cache + OVERHEAD_BYTES <= self.available
-
 
 def check(folder: Path, plan: Plan, gpus: Iterable[Mapping[str, int]]) -> Estimate | None:
     """Check that the model in `folder` fits the GPUs, each with its `memory` and `free` memory in bytes.
@@ -63,9 +58,11 @@ def check(folder: Path, plan: Plan, gpus: Iterable[Mapping[str, int]]) -> Estima
         ConfigurationError: the model does not fit. The message has the numbers and a remedy.
     """
     estimate = _estimate(folder, plan, list(gpus)[: plan.gpus])
-    if estimate is None or estimate.fits:
-        return estimate
+    if estimate is None:
+        return None
     room = estimate.available - estimate.weights - OVERHEAD_BYTES
+    if estimate.cache <= room:
+        return estimate
     if room > 0:
         length = int(estimate.length * room / estimate.cache) // 256 * 256
         remedy = f"MAX_MODEL_LEN={length}" if length >= 256 else "a much smaller MAX_MODEL_LEN"
@@ -73,10 +70,10 @@ def check(folder: Path, plan: Plan, gpus: Iterable[Mapping[str, int]]) -> Estima
     else:
         remedy = "a quantized variant (AWQ, FP8), more GPUs (TENSOR_PARALLEL_SIZE), or larger GPUs"
     raise ConfigurationError(
-        f"The model does not fit into GPU memory, by estimate: each of {plan.gpus} GPUs needs {_gb(estimate.weights)} "
-        f"for weights, {_gb(estimate.cache)} for the cache of one sequence of {estimate.length} tokens and "
-        f"{_gb(OVERHEAD_BYTES)} for overhead, and has {_gb(estimate.available)}. Use {remedy}. SKIP_FIT_CHECK=true "
-        "skips this check."
+        f"The model does not fit into GPU memory, by estimate: each of {plan.gpus} GPUs needs "
+        f"{estimate.weights / 1e9:.1f} GB for weights, {estimate.cache / 1e9:.1f} GB for the cache of one sequence of "
+        f"{estimate.length} tokens and {OVERHEAD_BYTES / 1e9:.1f} GB for overhead, and has "
+        f"{estimate.available / 1e9:.1f} GB. Use {remedy}. SKIP_FIT_CHECK=true skips this check."
     )
 
 
@@ -128,7 +125,3 @@ def _cache_per_token(text: dict[str, Any], plan: Plan) -> float:
     key_heads = text.get("num_key_value_heads") or heads
     # With more GPUs than key heads, each GPU has a copy of one head.
     return float(2 * full_layers / plan.pipeline * max(key_heads / plan.tensor, 1) * head_size * size)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"

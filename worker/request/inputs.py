@@ -44,7 +44,8 @@ class JobInput:
     @property
     def stream_form(self) -> StreamForm | None:
         """How to send the stream: as SSE text or as lists of objects; None: the caller asks for no stream."""
-        return None if self._shape is None else self._shape.stream_form(self._value)
+        shape = self._shape or _FieldsJob
+        return shape.stream_form(self._value) if isinstance(self._value, dict) else None
 
     def call(self, control_routes: bool = False) -> ApiCall:
         """Return the API call; `control_routes` allows routes that control the engine.

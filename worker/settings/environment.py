@@ -38,33 +38,30 @@ def prepare(settings: Settings, logging_config: Path | None = None) -> None:
 
     `logging_config` is the JSON file with which vLLM configures the logging of all its processes.
     """
-    defaults = _defaults(settings)
+    values, cache = settings.variables.values, settings.libraries.vllm_cache
+    defaults = {
+        **DEFAULTS,
+        # Inside vLLM's own cache, so that the compile cache keeps all of it.
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(cache / "flashinfer"),
+    }
     if logging_config is not None:
         defaults["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
-    for name, value in defaults.items():
-        os.environ.setdefault(name, settings.variables.values.get(name, value))
-    os.environ["VLLM_MEDIA_CONNECTOR"] = MEDIA_CONNECTOR
-    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
-    os.environ["VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"] = str(-(-settings.max_audio_bytes // (1 << 20)))
-
-
-def _defaults(settings: Settings) -> dict[str, str]:
-    values, cache = settings.variables.values, settings.libraries.vllm_cache
-    defaults = dict(DEFAULTS)
+    if settings.hf_token:
+        # The Hub's library reads it from the environment; it may have been set in the file.
+        defaults["HF_TOKEN"] = settings.hf_token
     if protocol := values.get("OTEL_EXPORTER_OTLP_PROTOCOL"):
         # vLLM reads only the second of OpenTelemetry's two names.
         defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
-    # Inside vLLM's own cache, so that the compile cache keeps all of it.
-    defaults["TRITON_CACHE_DIR"] = str(cache / "triton")
-    defaults["FLASHINFER_WORKSPACE_BASE"] = str(cache / "flashinfer")
     # Sleep mode is incompatible with expandable segments.
     sleep_mode = BOOLEANS.get(values.get("ENABLE_SLEEP_MODE", "").strip().lower(), False)
     if not sleep_mode and ALLOCATION_SETTINGS.isdisjoint(values):
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    if settings.hf_token:
-        # The Hub's library reads it from the environment; it may have been set in the file.
-        defaults["HF_TOKEN"] = settings.hf_token
-    return defaults
+    # An empty variable counts as unset.
+    os.environ.update({name: values.get(name, value) for name, value in defaults.items()})
+    os.environ["VLLM_MEDIA_CONNECTOR"] = MEDIA_CONNECTOR
+    os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)
+    os.environ["VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"] = str(-(-settings.max_audio_bytes // (1 << 20)))
 
 
 def go_offline() -> None:

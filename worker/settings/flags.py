@@ -8,26 +8,11 @@ from collections.abc import Callable, Mapping
 
 from worker.errors import ConfigurationError
 
-BOOLEANS = {
-    **dict.fromkeys(("true", "1", "yes", "on"), True),
-    **dict.fromkeys(("false", "0", "no", "off"), False),
-}
-
-NOT_SETTABLE = frozenset(
-    {
-        "help",
-        "model",
-        "model_tag",
-        "config",
-        "headless",
-        "grpc",
-        "api_server_count",
-        "otlp_traces_endpoint",
-        "hf_token",
-        "revision",
-        "download_dir",
-    }
-)
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+NOT_SETTABLE = frozenset({
+    "help", "model", "model_tag", "config", "headless", "grpc", "api_server_count", "otlp_traces_endpoint", "hf_token",
+    "revision", "download_dir",
+})  # fmt: skip
 """Flags that the worker sets itself, or that a library reads from the environment, such as the token."""
 
 
@@ -53,7 +38,8 @@ def arguments(
             flags = _flags(action, value)
             parser.parse_args(flags)
         except (ValueError, argparse.ArgumentError) as error:
-            mistakes.append(f"{described(variable)}={value!r}: {_detail(error)}; expected {_expected(action)}")
+            detail = re.sub(r"^argument [^:]*: ", "", str(error))
+            mistakes.append(f"{described(variable)}={value!r}: {detail}; expected {_expected(action)}")
         else:
             words += flags
     try:
@@ -77,11 +63,7 @@ def settable(parser: argparse.ArgumentParser, not_settable: frozenset[str] = fro
 
 
 def _flags(action: argparse.Action, value: str) -> list[str]:
-    """Return the command line words that set `action` to `value`.
-
-    Raises:
-        ValueError: the flag is a boolean and the value is not.
-    """
+    """Return the command line words that set `action` to `value`."""
     flag = max(action.option_strings, key=lambda name: (not name.startswith("--no-"), len(name)))
     if action.nargs == 0:
         if (chosen := BOOLEANS.get(value.lower())) is None:
@@ -100,10 +82,6 @@ def items(value: str) -> list[str]:
     if not value.startswith("["):
         return [json.dumps(json.loads(value))] if value.startswith("{") else [item.strip() for item in value.split(",")]
     return [item if isinstance(item, str) else json.dumps(item) for item in json.loads(value)]
-
-
-def _detail(error: Exception) -> str:
-    return re.sub(r"^argument [^:]*: ", "", str(error))
 
 
 def _expected(action: argparse.Action) -> str:

@@ -32,20 +32,16 @@ def _to(name: str) -> Translation:
 
 
 def _structured(value: str) -> dict[str, str]:
-    backend = value.partition(":")[0]
-    return {
-        "STRUCTURED_OUTPUTS_CONFIG": json.dumps({"backend": "guidance" if backend == "lm-format-enforcer" else backend})
-    }
+    backend = value.partition(":")[0].replace("lm-format-enforcer", "guidance")
+    return {"STRUCTURED_OUTPUTS_CONFIG": json.dumps({"backend": backend})}
 
 
 def _task(value: str) -> dict[str, str]:
-    converted = {"embed": "embed", "embedding": "embed", "classify": "classify", "score": "classify"}
     task = value.strip().lower()
-    if task in converted:
-        return {"RUNNER": "pooling", "CONVERT": converted[task]}
-    return {"reward": {"RUNNER": "pooling"}, "generate": {"RUNNER": "generate"}, "auto": {"RUNNER": "auto"}}.get(
-        task, {}
-    )
+    if convert := {"embed": "embed", "embedding": "embed", "classify": "classify", "score": "classify"}.get(task):
+        return {"RUNNER": "pooling", "CONVERT": convert}
+    runner = {"reward": "pooling", "generate": "generate", "auto": "auto"}.get(task)
+    return {"RUNNER": runner} if runner else {}
 
 
 TRANSLATED: Mapping[str, Translation] = MappingProxyType(

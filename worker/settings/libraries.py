@@ -65,7 +65,7 @@ class Libraries:
 def _adapter_paths(text: str) -> list[str]:
     """Return the paths of LORA_MODULES, whose items are `NAME=PATH` or JSON objects with a `path`."""
     with suppress(ValueError):
-        items = flags.items(text)
+        items = flags.items(text) if text else []
         return [
             str(_object(item).get("path", "")) if item.startswith("{") else item.partition("=")[2] for item in items
         ]

@@ -11,41 +11,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from worker.errors import ConfigurationError
 from worker.settings import sources
-from worker.settings.flags import BOOLEANS
 from worker.settings.libraries import Libraries
 from worker.settings.sources import DEFAULT_MODEL, Variables
 
 MAX_CONCURRENCY = 512
-
 MINIMAL = (
-    "MODEL_NAME",
-    "WORKER_MODE",
-    "RUNPOD_WEBHOOK_GET_JOB",
-    "RUNPOD_POD_ID",
-    "PORT",
-    "PORT_HEALTH",
-    "METRICS_PORT",
-    "WORKER_API_KEY",
-    "STARTUP_FAILURE",
-    "LOG_FORMAT",
-)
+    "MODEL_NAME", "WORKER_MODE", "RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_POD_ID", "PORT", "PORT_HEALTH", "METRICS_PORT",
+    "WORKER_API_KEY", "STARTUP_FAILURE", "LOG_FORMAT",
+)  # fmt: skip
 """The variables that are needed to report to callers that the other ones are wrong."""
 
-
-def _boolean(text: Any) -> Any:
-    return BOOLEANS.get(text.strip().lower(), text) if isinstance(text, str) else text
-
-
-def _upper(text: Any) -> Any:
-    return text.strip().upper() if isinstance(text, str) else text
-
-
-def _lower(text: Any) -> Any:
-    return text.strip().lower() if isinstance(text, str) else text
-
-
-Boolean = Annotated[bool, BeforeValidator(_boolean)]
-LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)]
+Lowercase = BeforeValidator(lambda text: text.strip().lower() if isinstance(text, str) else text)
+Boolean = Annotated[bool, Lowercase]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda text: text.strip().upper())]
 
 
 class Settings(BaseModel):
@@ -65,7 +43,7 @@ class Settings(BaseModel):
     """The folder to download models to. Default: the volume's cache, or the folder that `HF_HOME` sets."""
     hf_token: str | None = Field(default=None, repr=False)
     """The Hugging Face token for gated and private models."""
-    compile_cache: Annotated[Literal["auto", "off"], BeforeValidator(_lower)] = "auto"
+    compile_cache: Annotated[Literal["auto", "off"], Lowercase] = "auto"
     """`auto` keeps vLLM's compiled code on the network volume for the next worker; `off` does not."""
     compile_cache_gb: float = Field(default=10.0, gt=0)
     """The size limit of the compile cache on the network volume, in GB."""
@@ -78,21 +56,22 @@ class Settings(BaseModel):
     stream_batch_ms: float = Field(default=25.0, ge=0)
     """Milliseconds that a stream collects tokens before it sends them: this long at first, up to four times this long
     later. 0 sends each token at once."""
-    worker_mode: Annotated[Literal["auto", "queue", "http", "local"], BeforeValidator(_lower)] = "auto"
+    worker_mode: Annotated[Literal["auto", "queue", "http", "local"], Lowercase] = "auto"
     """How requests arrive. `auto`: from RunPod's queue if RunPod set one up, over HTTP if `PORT` is set, else one
     local job."""
     port: int | None = Field(default=None, ge=1, le=65535)
     """The port of the HTTP server. Default: 80 on RunPod, 8000 elsewhere."""
     port_health: int | None = Field(default=None, ge=1, le=65535)
-    """A second port for `/ping`, `/health`, `/info` and `/metrics`."""
+    """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """The same, for a queue worker too, which otherwise opens no port."""
+    """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode; for Prometheus."""
     worker_api_key: tuple[str, ...] = Field(default=(), repr=False)
     """The API keys that HTTP callers may use, separated by commas. Default: no key is needed."""
     max_request_bytes: int = Field(default=30_000_000, ge=1)
     """The largest request body over HTTP, in bytes."""
     max_total_request_bytes: int = Field(default=1 << 30, ge=1)
-    """Memory for all request bodies together, waiting ones included, in bytes. A request beyond it gets HTTP 429."""
+    """Memory for all request bodies together, waiting ones included, in bytes. A request, or a job, that does not fit
+    fails with status 429."""
     max_queue: int | None = Field(default=None, ge=0)
     """HTTP requests that may wait beyond `MAX_CONCURRENCY`. Default: four times `MAX_CONCURRENCY`."""
     playground: Boolean = False
@@ -132,11 +111,11 @@ class Settings(BaseModel):
     drain_seconds: float | None = Field(default=None, ge=0)
     """Seconds that running requests get to finish when the worker is stopped. Default: 2.5 for the queue, 30 for
     HTTP."""
-    on_engine_death: Annotated[Literal["fail", "retry"], BeforeValidator(_lower)] = "fail"
+    on_engine_death: Annotated[Literal["fail", "retry"], Lowercase] = "fail"
     """What happens to a job without any output when the engine dies: `fail` it, or leave it to RunPod to `retry`."""
     engine_stall_timeout: float = Field(default=300.0, gt=0)
     """Seconds without any sign of life after which an engine with requests counts as dead."""
-    startup_failure: Annotated[Literal["report", "exit"], BeforeValidator(_lower)] = "report"
+    startup_failure: Annotated[Literal["report", "exit"], Lowercase] = "report"
     """What a worker does that cannot start: `report` the cause to its callers for a while, or `exit` at once."""
     allow_control_routes: Boolean = False
     """Allow requests to all of vLLM's routes, including those that load LoRA adapters or start the profiler."""
@@ -146,7 +125,7 @@ class Settings(BaseModel):
     """The URL for taking jobs from the queue. Set by RunPod."""
     runpod_pod_id: str | None = None
     """The worker's name. Set by RunPod."""
-    log_format: Annotated[Literal["json", "text"], BeforeValidator(_lower)] = "json"
+    log_format: Annotated[Literal["json", "text"], Lowercase] = "json"
     """The format of all log lines: the worker's, vLLM's and the RunPod SDK's."""
     log_prompts: Boolean = False
     """Write prompts and completions to the log."""
@@ -255,19 +234,17 @@ def from_variables(variables: Variables) -> Settings:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         lines = [
-            f"{variables.described(str(one['loc'][0]).upper())}={one['input']!r}: {one['msg']}"
-            for one in error.errors()
+            f"{variables.described(str(mistake['loc'][0]).upper())}={mistake['input']!r}: {mistake['msg']}"
+            for mistake in error.errors()
         ]
         raise ConfigurationError("\n".join(lines)) from None
-    return _with_variables(settings, variables)
+    settings._variables = variables
+    return settings
 
 
 def defaults(variables: Variables) -> Settings:
     """Return default settings with these variables, of which only vLLM's count."""
-    return _with_variables(Settings(), variables)
-
-
-def _with_variables(settings: Settings, variables: Variables) -> Settings:
+    settings = Settings()
     settings._variables = variables
     return settings
 

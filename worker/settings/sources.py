@@ -26,21 +26,7 @@ IN_FILES_ONLY = frozenset({"MODEL"})
 """Aliases that count in a file only: in an environment, so common a name may belong to another program."""
 CLUSTER_VARIABLES = frozenset({"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"})
 """Variables that RunPod sets on every machine of a cluster. They are vLLM's flags only if NNODES is set too."""
-FOREIGN_PREFIXES = (
-    "VLLM_",
-    "HF_",
-    "RUNPOD_",
-    "CUDA_",
-    "NVIDIA_",
-    "NCCL_",
-    "TORCH",
-    "PYTORCH_",
-    "PYTHON",
-    "OTEL_",
-    "XDG_",
-    "LC_",
-    "SSL_",
-)
+FOREIGN = re.compile("(VLLM|HF|RUNPOD|CUDA|NVIDIA|NCCL|PYTORCH|OTEL|XDG|LC|SSL)_|TORCH|PYTHON")
 """Variables with these prefixes belong to other programs and are never taken for misspelt settings."""
 
 
@@ -74,36 +60,34 @@ def collect(environ: Mapping[str, str]) -> Variables:
             if name not in values:
                 values[name], origins[name] = value, origin
 
-    def add_source(source: dict[str, str], origin: str) -> None:
-        # An old name in the environment wins over a new name in a file, so each source is renamed as a whole.
-        renamed = list(_renamed(source, warnings))
+    def add_source(source: Mapping[str, str], origin: str) -> None:
         add(source, origin)
-        for old_name, more in renamed:
+        # An old name in the environment wins over a new name in a file, so each source is renamed as a whole.
+        for old_name, more in _renamed(source, warnings):
             add(more, old_name if origin == ENVIRONMENT else origin)
 
-    given = {name: value for name, value in environ.items() if value.strip()}
-    ignored = IN_FILES_ONLY if "NNODES" in given else IN_FILES_ONLY | CLUSTER_VARIABLES
-    add_source({name: value for name, value in given.items() if name not in ignored}, ENVIRONMENT)
+    ignored = IN_FILES_ONLY if environ.get("NNODES", "").strip() else IN_FILES_ONLY | CLUSTER_VARIABLES
+    add_source({name: value for name, value in environ.items() if value.strip() and name not in ignored}, ENVIRONMENT)
     if path := values.get("VLLM_CONFIG_FILE"):
         add_source(_read_file(Path(path)), Path(path).name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
     if (preset := _preset(values)) is not None:
         add(preset["settings"], f"preset {preset['name']}")
+    if OLD_MEDIA_LIMITS.fullmatch(limits := values.get("LIMIT_MM_PER_PROMPT", "")):
+        pairs = (pair.split("=") for pair in limits.split(","))
+        values["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})
     return Variables(values, origins, tuple(warnings))
 
 
-def _renamed(source: dict[str, str], warnings: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _renamed(source: Mapping[str, str], warnings: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield each old name in a source with the variables that replace it; add warnings for those without effect."""
     warnings += [f"{name} has no effect: {why}." for name, why in legacy.without_effect().items() if name in source]
-    if OLD_MEDIA_LIMITS.fullmatch(limits := source.get("LIMIT_MM_PER_PROMPT", "")):
-        pairs = (pair.split("=") for pair in limits.split(","))
-        source["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})
     for alias, name in legacy.aliases().items():
-        if alias in source and name not in source:
+        if alias in source:
             yield alias, {name: source[alias]}
-    for name in [name for name in source if name in legacy.TRANSLATED]:
-        translated = _translated(name, source[name], warnings)
-        yield name, {new: value for new, value in translated.items() if new not in source}
+    for name in source:
+        if name in legacy.TRANSLATED:
+            yield name, _translated(name, source[name], warnings)
 
 
 def presets() -> list[dict[str, Any]]:
@@ -119,15 +103,15 @@ def _preset(values: Mapping[str, str]) -> dict[str, Any] | None:
     chosen = values.get("PRESET", "auto").strip().lower()
     if chosen == "none":
         return None
-    known = presets()
+    by_name = {preset["name"]: preset for preset in presets()}
     if chosen == "auto":
         model = values["MODEL_NAME"].rstrip("/").lower()
-        return next((one for one in known if any(_matches(model, pattern) for pattern in one["models"])), None)
-    for preset in known:
-        if preset["name"] == chosen:
-            return preset
-    names = ", ".join(preset["name"] for preset in known)
-    raise ConfigurationError(f"PRESET={chosen!r}: no such preset; expected auto, none, or one of {names}")
+        matching = (preset for preset in by_name.values() if any(_matches(model, each) for each in preset["models"]))
+        return next(matching, None)
+    if chosen not in by_name:
+        names = ", ".join(by_name)
+        raise ConfigurationError(f"PRESET={chosen!r}: no such preset; expected auto, none, or one of {names}")
+    return by_name[chosen]
 
 
 def _matches(model: str, pattern: str) -> bool:
@@ -135,18 +119,17 @@ def _matches(model: str, pattern: str) -> bool:
 
 
 def _read_file(path: Path) -> dict[str, str]:
+    setting = f"VLLM_CONFIG_FILE={str(path)!r}"
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigurationError(f"VLLM_CONFIG_FILE={str(path)!r}: {error.strerror}; expected a YAML file") from None
+        raise ConfigurationError(f"{setting}: {error.strerror}; expected a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(f"VLLM_CONFIG_FILE={str(path)!r}: invalid YAML{where}") from None
+        raise ConfigurationError(f"{setting}: invalid YAML{where}") from None
     if not isinstance(content, dict):
-        raise ConfigurationError(
-            f"VLLM_CONFIG_FILE={str(path)!r}: expected keys and values, such as 'max-model-len: 8192'"
-        )
+        raise ConfigurationError(f"{setting}: expected keys and values, such as 'max-model-len: 8192'")
     return {str(key).replace("-", "_").upper(): _text(value) for key, value in content.items() if value is not None}
 
 
@@ -157,11 +140,7 @@ def _text(value: Any) -> str:
 
 
 def _translated(name: str, value: str, warnings: list[str]) -> dict[str, str]:
-    try:
-        translated = legacy.TRANSLATED[name](value)
-    except ValueError:
-        translated = {}
-    if translated:
+    if translated := legacy.TRANSLATED[name](value):
         settings = ", ".join(f"{new}={text}" for new, text in translated.items())
         warnings.append(f"{name} is an old name. The worker uses {settings} instead.")
     else:
@@ -173,12 +152,9 @@ def near_misses(variables: Variables, known: Iterable[str]) -> list[str]:
     """Return a sentence for every variable that looks like a misspelt setting."""
     known = {name for name in known if len(name) > 3}
     ignored = {*known, *legacy.TRANSLATED, *legacy.without_effect(), *legacy.aliases()}
-    unknown = [
-        name
-        for name in variables.values
-        if name.isupper() and name not in ignored and not name.startswith(FOREIGN_PREFIXES)
-    ]
-    matches = ((name, difflib.get_close_matches(name, known, 1, 0.84)) for name in unknown)
+    unknown = (name for name in variables.values if name.isupper() and name not in ignored and not FOREIGN.match(name))
     return [
-        f"{variables.described(name)} is not a setting. Did you mean {close[0]}?" for name, close in matches if close
+        f"{variables.described(name)} is not a setting. Did you mean {match}?"
+        for name in unknown
+        for match in difflib.get_close_matches(name, known, 1, 0.84)
     ]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from opentelemetry import trace
@@ -58,32 +59,25 @@ class Record:
         self.status = status
         self.outcome = outcome_of(status)
 
-    @property
-    def modality(self) -> str:
-        """`text`, or the kinds of media in the prompt, such as `image+video`."""
-        return "+".join(sorted(self.usage.media)) or "text"
-
     def summary(self) -> dict[str, Any]:
         """Return the fields of the log line. Times are in seconds."""
-        total = time.monotonic() - self._clock
-        first, tokens = self.usage.first_token_at, self.usage.completion_tokens
-        to_first = None if first is None else max(first - self.began, 0.0)
-        decoding = None if to_first is None else total - to_first
+        total, usage = time.monotonic() - self._clock, self.usage.total()
+        tokens = usage.completion_tokens
+        to_first = None if usage.first_token_at is None else max(usage.first_token_at - self.began, 0.0)
+        decoding = total - to_first if to_first is not None and tokens > 1 else 0.0
         return {
             "request_id": self.request_id,
             "route": self.route,
-            "adapter": self.usage.adapter,
+            "adapter": usage.adapter,
             "stream": self.stream,
-            "modalities": {"text": 1, **self.usage.media},
-            "input_tokens": self.usage.prompt_tokens,
+            "modalities": {"text": 1, **usage.media},
+            "input_tokens": usage.prompt_tokens,
             "output_tokens": tokens,
             "total_seconds": round(total, 4),
-            "queue_seconds": _rounded(self.usage.queue_seconds),
+            "queue_seconds": _rounded(usage.queue_seconds),
             "ttft_seconds": _rounded(to_first),
-            "tokens_per_second": round((tokens - 1) / decoding, 3)
-            if decoding and decoding > 0 and tokens > 1
-            else None,
-            "finish_reason": self.usage.finish_reason,
+            "tokens_per_second": round((tokens - 1) / decoding, 3) if decoding > 0 else None,
+            "finish_reason": usage.finish_reason,
             "outcome": self.outcome,
             "status": self.status,
         }
@@ -97,43 +91,29 @@ class Telemetry:
         self.registry = registry
         # Does nothing until vLLM has set up tracing.
         self._tracer = trace.get_tracer("worker")
-        build = Gauge(
-            "worker_build_info", "The version and the model; always 1.", ["version", "model"], registry=registry
-        )
-        build.labels(__version__, model).set(1)
-        labels = ["route", "outcome", "modality"]
-        self._jobs = Counter("worker_jobs", "Jobs that have ended.", labels, registry=registry)
         self.running = 0
         """Jobs that run or wait in the engine."""
         self.last_error: dict[str, Any] | None = None
         """The last job that failed through no fault of its caller: its request id, time and status."""
-        running = Gauge("worker_jobs_running", "Jobs that run or wait in the engine.", registry=registry)
-        running.set_function(lambda: self.running)
-        self._tokens = Counter("worker_tokens", "Tokens of jobs.", ["direction"], registry=registry)
-        self._total = _histogram("worker_job_seconds", "From a job's arrival to its end.", registry)
-        self._first = _histogram(
-            "worker_time_to_first_token_seconds", "From a job's arrival to its first token.", registry
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry, buckets=SECONDS)
+        build = gauge("worker_build_info", "The version and the model; always 1.", ["version", "model"])
+        build.labels(__version__, model).set(1)
+        gauge("worker_jobs_running", "Jobs that run or wait in the engine.").set_function(lambda: self.running)
+        self._jobs = counter("worker_jobs", "Jobs that have ended.", ["route", "outcome", "modality"])
+        self._tokens = counter("worker_tokens", "Tokens of jobs.", ["direction"])
+        self._total = histogram("worker_job_seconds", "From a job's arrival to its end.")
+        self._first = histogram("worker_time_to_first_token_seconds", "From a job's arrival to its first token.")
+        self._queued = histogram("worker_queue_delay_seconds", "A job's wait in the engine's queue.")
+        self._each = histogram(
+            "worker_time_per_output_token_seconds", "Time of each token after a job's first.", buckets=TOKEN_SECONDS
         )
-        self._queued = _histogram("worker_queue_delay_seconds", "A job's wait in the engine's queue.", registry)
-        self._each = Histogram(
-            "worker_time_per_output_token_seconds",
-            "Time of each token of a job after its first.",
-            registry=registry,
-            buckets=TOKEN_SECONDS,
-        )
-        self._fetched = _histogram("worker_media_fetch_seconds", "Fetching a link to media.", registry)
-        self._fetched_bytes = Counter("worker_media_fetched_bytes", "Media fetched by link.", registry=registry)
-        self._rejected = Counter("worker_media_rejected", "Media that were rejected.", ["reason"], registry=registry)
-        self._media = Counter("worker_media", "Images, videos and so on in prompts.", ["modality"], registry=registry)
-        self.refused = Counter(
-            "worker_refused",
-            "HTTP requests that were refused before they reached the engine.",
-            ["status"],
-            registry=registry,
-        )
-        self.stream_posts = Counter(
-            "worker_stream_posts", "Parts of streams posted to RunPod's queue.", registry=registry
-        )
+        self._fetched = histogram("worker_media_fetch_seconds", "Fetching a link to media.")
+        self._fetched_bytes = counter("worker_media_fetched_bytes", "Media fetched by link.")
+        self._rejected = counter("worker_media_rejected", "Media that were rejected.", ["reason"])
+        self._media = counter("worker_media", "Images, videos and so on in prompts.", ["modality"])
+        self.refused = counter("worker_refused", "HTTP requests refused before they reached the engine.", ["status"])
+        self.stream_posts = counter("worker_stream_posts", "Parts of streams posted to RunPod's queue.")
 
     @contextmanager
     def job(self, request_id: str, route: str, headers: Mapping[str, str]) -> Iterator[Record]:
@@ -156,7 +136,8 @@ class Telemetry:
 
     def _report(self, record: Record) -> None:
         summary = record.summary()
-        self._jobs.labels(record.route, record.outcome, record.modality).inc()
+        media = {kind: count for kind, count in summary["modalities"].items() if kind != "text"}
+        self._jobs.labels(record.route, record.outcome, "+".join(sorted(media)) or "text").inc()
         self._tokens.labels("input").inc(summary["input_tokens"])
         self._tokens.labels("output").inc(summary["output_tokens"])
         self._total.observe(summary["total_seconds"])
@@ -165,7 +146,7 @@ class Telemetry:
                 histogram.observe(seconds)
         if rate := summary["tokens_per_second"]:
             self._each.observe(1 / rate)
-        for modality, count in record.usage.media.items():
+        for modality, count in media.items():
             self._media.labels(modality).inc(count)
         for fetch in record.usage.fetches:
             self._fetched.observe(fetch.seconds)
@@ -183,10 +164,6 @@ class Telemetry:
             summary["output_tokens"],
             extra={"model": self._model, **summary},
         )
-
-
-def _histogram(name: str, documentation: str, registry: CollectorRegistry) -> Histogram:
-    return Histogram(name, documentation, registry=registry, buckets=SECONDS)
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -33,7 +33,7 @@ _FORMATTERS: dict[Format, dict[str, Any]] = {
     },
     "text": {"format": "%(levelname)-7s %(asctime)s %(name)s: %(message)s"},
 }
-
+_SDK_LEVELS = {"TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "WARN": logging.WARNING, "ERROR": logging.ERROR}
 
 CLIENT_ERRORS = {"VLLMClientError", "GracefulHTTPError"}
 """vLLM's errors for mistakes of the caller. Their messages may quote the request."""
@@ -45,7 +45,7 @@ class NoClientErrors(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to keep the record."""
         error = record.exc_info[1] if record.exc_info else None
-        return not CLIENT_ERRORS & {one.__name__ for one in type(error).__mro__}
+        return not CLIENT_ERRORS & {base.__name__ for base in type(error).__mro__}
 
 
 class CauseFile(logging.Handler):
@@ -76,13 +76,9 @@ def configuration(
     levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level, LINK_LOGGER: "ERROR"}
     if log_prompts:
         levels[PROMPT_LOGGER] = "DEBUG"
+    # A StreamHandler writes to stderr.
     handlers: dict[str, Any] = {
-        "stderr": {
-            "class": "logging.StreamHandler",
-            "formatter": "line",
-            "filters": ["callers"],
-            "stream": "ext://sys.stderr",
-        }
+        "stderr": {"class": "logging.StreamHandler", "formatter": "line", "filters": ["callers"]}
     }
     if cause is not None:
         handlers["cause"] = {"()": f"{__name__}.{CauseFile.__name__}", "path": str(cause)}
@@ -108,6 +104,3 @@ def log_for_sdk(_sdk_logger: object, message: object, message_level: str = "INFO
     """Replace the SDK's `RunPodLogger.log`, which prints to stdout in two formats of its own."""
     level = _SDK_LEVELS.get(message_level, logging.INFO)
     logging.getLogger("runpod").log(level, "%s", message, extra={"request_id": job_id} if job_id else None)
-
-
-_SDK_LEVELS = {"TRACE": logging.DEBUG, "DEBUG": logging.DEBUG, "WARN": logging.WARNING, "ERROR": logging.ERROR}

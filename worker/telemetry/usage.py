@@ -1,44 +1,32 @@
 """Engine usage of one job: tokens, media and times, whether or not the client asked for usage statistics."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 from worker.errors import Rejection
 
 
-class EngineRequest(Protocol):
-    """The progress of one request to the engine."""
+@dataclass(frozen=True, slots=True)
+class EngineUsage:
+    """What a request has used of the engine so far, or all requests of a job together."""
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of the prompt, media included."""
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens generated so far."""
-
-    @property
-    def media(self) -> Mapping[str, int]:
-        """The number of images, videos and so on in the prompt."""
-
-    @property
-    def adapter(self) -> str | None:
-        """The LoRA adapter, if one is used."""
-
-    @property
-    def queue_seconds(self) -> float | None:
-        """Seconds in the engine's queue; None until the request is scheduled."""
-
-    @property
-    def first_token_at(self) -> float | None:
-        """The time of the first token, in seconds since the epoch."""
-
-    @property
-    def finish_reason(self) -> str | None:
-        """Why the request ended: `stop`, `length`, …; None while it runs, or if it was aborted."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt, media included."""
+    completion_tokens: int = 0
+    """Tokens generated so far."""
+    media: Mapping[str, int] = field(default_factory=dict)
+    """The number of images, videos and so on in the prompt."""
+    adapter: str | None = None
+    """The LoRA adapter, if one is used."""
+    queue_seconds: float | None = None
+    """Seconds in the engine's queue; None until the request is scheduled."""
+    first_token_at: float | None = None
+    """The time of the first token, in seconds since the epoch."""
+    finish_reason: str | None = None
+    """Why the request ended: `stop`, `length`, …; None while it runs, or if it was aborted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,52 +39,34 @@ class Fetch:
 
 
 class Usage:
-    """The sum of one job's requests to the engine, and its downloads of media."""
+    """One job's requests to the engine, and its downloads of media."""
 
     def __init__(self) -> None:
-        self._requests: list[EngineRequest] = []
+        self._requests: list[Callable[[], EngineUsage]] = []
         self.fetches: list[Fetch] = []
         self.rejections: list[Rejection] = []
         """The reasons for which media were rejected."""
 
-    def add(self, request: EngineRequest) -> None:
-        """Add a request. Its progress is read at every access, also after its end."""
+    def add(self, request: Callable[[], EngineUsage]) -> None:
+        """Add a request. Its usage is read whenever the total is, also after its end."""
         self._requests.append(request)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(request.prompt_tokens for request in self._requests)
+    def total(self) -> EngineUsage:
+        """Return the usage of all requests: sums, the longest wait, the first token, the last reason for an end."""
+        requests = [read() for read in self._requests]
 
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens generated so far, all answers together."""
-        return sum(request.completion_tokens for request in self._requests)
+        def values(name: str) -> Iterator[Any]:
+            return (value for request in requests if (value := getattr(request, name)) is not None)
 
-    @property
-    def media(self) -> dict[str, int]:
-        """The number of images, videos and so on in all prompts."""
-        return dict(sum((Counter(request.media) for request in self._requests), Counter[str]()))
-
-    @property
-    def adapter(self) -> str | None:
-        """The LoRA adapter, if one is used."""
-        return next((request.adapter for request in self._requests if request.adapter), None)
-
-    @property
-    def queue_seconds(self) -> float | None:
-        """The longest time in the engine's queue, in seconds."""
-        return max((wait for request in self._requests if (wait := request.queue_seconds) is not None), default=None)
-
-    @property
-    def first_token_at(self) -> float | None:
-        """The time of the first token of all requests, in seconds since the epoch."""
-        return min((time for request in self._requests if (time := request.first_token_at) is not None), default=None)
-
-    @property
-    def finish_reason(self) -> str | None:
-        """Why the last request ended."""
-        return next((reason for request in reversed(self._requests) if (reason := request.finish_reason)), None)
+        return EngineUsage(
+            prompt_tokens=sum(values("prompt_tokens")),
+            completion_tokens=sum(values("completion_tokens")),
+            media=sum(map(Counter, values("media")), Counter[str]()),
+            adapter=next(values("adapter"), None),
+            queue_seconds=max(values("queue_seconds"), default=None),
+            first_token_at=min(values("first_token_at"), default=None),
+            finish_reason=next(reversed([*values("finish_reason")]), None),
+        )
 
 
 current_usage: ContextVar[Usage | None] = ContextVar("current_usage", default=None)
