@@ -134,9 +134,7 @@ class UnavailableError(JobError, status=503, type="ServiceUnavailableError", hea
 
 LOADING = "The worker is loading its model. Try again in a few seconds."
 LEAVING = "The worker is shutting down. Send the request again: another worker will answer it."
-ENGINE_DIED = (
-    "The worker's engine has died, and the worker exits. Send the request again: another worker will answer it."
-)
+ENGINE_DIED = "The worker's engine has died. Send the request again: another worker will answer it."
 
 
 class StartFailedError(JobError, status=503, type="ServiceUnavailableError"):

@@ -46,7 +46,7 @@ class Lifecycle:
 
     def fail(self, reason: str) -> None:
         """The worker cannot go on; another one may."""
-        self._state, self._reason = "failed", reason
+        self._state, self._reason = "failed", reason.rstrip(".")
         self.over.set()
 
     def refuse(self, reason: str) -> None:
@@ -64,6 +64,6 @@ class Lifecycle:
             case "dead":
                 return UnavailableError(ENGINE_DIED)
             case "failed":
-                return UnavailableError(f"The worker has failed: {self._reason.rstrip('.')}. Send the request again later.")
+                return UnavailableError(f"The worker has failed: {self._reason}. Send the request again later.")
             case "refused":
                 return StartFailedError(self._reason)

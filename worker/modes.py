@@ -124,7 +124,7 @@ class QueueMode(Mode):
 
     def refuse(self, error: ConfigurationError) -> None:
         """Fail every job with the reason."""
-        handler = JobHandler(self.worker.own_routes, self.worker.pipeline, self.worker.settings)
+        handler = JobHandler(self.worker.own_routes.app, self.worker.pipeline, self.worker.settings)
         refusal = Refusal(error)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             self._serve(runner, refusal.counting(handler.handle), REFUSED_AT_ONCE, refusal.ended)

@@ -100,11 +100,7 @@ class Gate:
         return None
 
     def _app_for(self, scope: Message) -> App:
-        """Return the app that answers a request.
-
-        Raises:
-            JobError: the request is refused.
-        """
+        """Return the app that answers a request; raise a `JobError` if the request is refused."""
         method, path = scope["method"], scope["path"]
         if self._playground is not None and (method, path) == ("GET", "/"):
             return self._playground
@@ -114,7 +110,7 @@ class Gate:
             self._check_key(scope)
         if path in (*OWN_ROUTES, "/openapi.json"):
             _check_method(method, "GET", path)
-            return self._own_routes
+            return self._own_routes.app
         if self._lifecycle.state == "refused":
             raise self._lifecycle.error()
         self._check_route(method, path, is_preflight)
@@ -176,11 +172,7 @@ class _Client:
         self._send = send
 
     async def send(self, message: Message) -> None:
-        """Send a message.
-
-        Raises:
-            ClientDisconnectedError: the client does not read.
-        """
+        """Send a message; raise `ClientDisconnectedError` if the client does not read."""
         if message["type"] == "http.response.start":
             headers = [(name.lower(), value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
             message = {**message, "headers": [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]}
@@ -204,13 +196,7 @@ class _Upload:
         self.is_complete = False
 
     async def receive(self) -> Message:
-        """Receive a part of the body; after its end, wait for the client's disconnect.
-
-        Raises:
-            BodyTooLargeError: the body has too many bytes.
-            BodyTooSlowError: the body takes too long.
-            BusyError: the worker has too many requests already.
-        """
+        """Receive a part of the body, or raise a `JobError`; after its end, wait for the client's disconnect."""
         if self.is_complete:
             return await self._receive()
         try:

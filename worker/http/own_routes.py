@@ -58,7 +58,7 @@ class Info(BaseModel):
 
 
 class OwnRoutes:
-    """An ASGI app for the worker's own routes."""
+    """The routes, as the ASGI app `app`."""
 
     def __init__(
         self, lifecycle: Lifecycle, telemetry: Telemetry, settings: Settings, startup_phases: StartupPhases
@@ -79,9 +79,6 @@ class OwnRoutes:
         self.app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)(
             self.metrics
         )
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
 
     def over(self, engine: App) -> App:
         """Return an app that answers the worker's own routes and leaves all others to `engine`."""

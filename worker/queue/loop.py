@@ -200,11 +200,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         await delivery.done(job["id"], result)
 
     async def _take(self, session: aiohttp.ClientSession, most: int) -> list[Job]:
-        """Ask for up to `most` jobs. The SDK's own request loses jobs whose empty input the platform has dropped.
-
-        Raises:
-            ValueError: the response contains no job.
-        """
+        """Ask for up to `most` jobs. The SDK's own request loses jobs whose empty input the platform has dropped."""
         try:
             async with session.get(rp_job._job_get_url(most)) as answer:
                 if answer.status in NO_JOB:
@@ -222,11 +218,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
 
 def _jobs(body: bytes) -> list[Job]:
-    """Return the jobs in the body of a response.
-
-    Raises:
-        ValueError: it contains none.
-    """
+    """Return the jobs in the body of a response; raise ValueError if it is not empty and contains none."""
     try:
         values = json.loads(body) if body else []
     except RecursionError:

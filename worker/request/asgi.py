@@ -158,11 +158,7 @@ class Response:
         self._end()
 
     async def opened(self) -> None:
-        """Wait for the status.
-
-        Raises:
-            IncompleteResponseError: the app ended without one.
-        """
+        """Wait for the status; raise `IncompleteResponseError` if the app ends without one."""
         await self._started.wait()
         if not self.status:
             raise IncompleteResponseError("the app sent no response") from self._failure

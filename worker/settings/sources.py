@@ -66,8 +66,9 @@ def collect(environ: Mapping[str, str]) -> Variables:
         for old_name, more in _renamed(source, warnings):
             add(more, old_name if origin == ENVIRONMENT else origin)
 
-    ignored = IN_FILES_ONLY if environ.get("NNODES", "").strip() else IN_FILES_ONLY | CLUSTER_VARIABLES
-    add_source({name: value for name, value in environ.items() if value.strip() and name not in ignored}, ENVIRONMENT)
+    given = {name: value for name, value in environ.items() if value.strip()}
+    ignored = IN_FILES_ONLY if "NNODES" in given else IN_FILES_ONLY | CLUSTER_VARIABLES
+    add_source({name: value for name, value in given.items() if name not in ignored}, ENVIRONMENT)
     if path := values.get("VLLM_CONFIG_FILE"):
         add_source(_read_file(Path(path)), Path(path).name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
