@@ -338,7 +338,7 @@ def test_five_hundred_connections_at_once(plain: Worker) -> None:
 def test_a_body_that_is_cut_never_runs() -> None:
     bodies: list[bytes] = []
 
-    async def engine(scope: Any, receive: Receive, send: Send) -> None:
+    async def engine(_scope: Any, receive: Receive, send: Send) -> None:
         bodies.append((await receive())["body"])
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body"})

@@ -18,6 +18,7 @@ from worker.request.pipeline import Pipeline
 from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
 
+DEFAULTS = Settings()
 SECRET = "what a user said"
 CHAT: Json = {"messages": [{"role": "user", "content": "Hello"}]}
 ERROR = {"error": {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}}
@@ -53,8 +54,8 @@ def stream(*pieces: bytes, fails: bool = False) -> App:
 
 def handler(
     app: App,
-    settings: Settings = Settings(),
-    lifecycle: Lifecycle | None = None,  # noqa: B008 - frozen
+    settings: Settings = DEFAULTS,
+    lifecycle: Lifecycle | None = None,
 ) -> JobHandler:
     if lifecycle is None:
         lifecycle = Lifecycle()
@@ -66,7 +67,7 @@ async def collect(handler: JobHandler, job_input: object) -> list[Output]:
     return [output async for output in handler.handle({"id": "job-1", "input": job_input})]
 
 
-def outputs(app: App, job_input: object, settings: Settings = Settings()) -> list[Output]:  # noqa: B008 - frozen
+def outputs(app: App, job_input: object, settings: Settings = DEFAULTS) -> list[Output]:
     return asyncio.run(collect(handler(app, settings), job_input))
 
 

@@ -12,14 +12,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from worker.telemetry.jobs import Telemetry, outcome_of
 from worker.telemetry.usage import EngineUsage, Fetch, Usage, current_usage
 
+Request = Callable[[], EngineUsage]
 
-def request(**usage: Any) -> Callable[[], EngineUsage]:
+
+def request(**usage: Any) -> Request:
     """Return a request to the engine with a fixed usage."""
     return lambda: EngineUsage(**{"prompt_tokens": 7, "completion_tokens": 3, "finish_reason": "stop", **usage})
 
 
 def logged(
-    caplog: pytest.LogCaptureFixture, telemetry: Telemetry, *requests: Callable[[], EngineUsage], route: str = "/tokenize"
+    caplog: pytest.LogCaptureFixture, telemetry: Telemetry, *requests: Request, route: str = "/tokenize"
 ) -> dict[str, Any]:
     """Run a job with these requests to the engine, and return the fields of its log line."""
     with caplog.at_level(logging.INFO), telemetry.job("job-1", route, {}) as record:
