@@ -87,7 +87,11 @@ def configure(settings: Settings, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except SystemExit as error:
+        # A signal while the model is loaded.
+        code = int(error.code or 0)
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads that hang must not keep the process alive.

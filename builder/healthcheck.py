@@ -7,18 +7,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from worker.errors import ConfigurationError
 from worker.settings import environment, read_or_report
 
 
 def main() -> int:
     """Return 0 if the worker is ready or loading its model."""
-    settings, _ = read_or_report(environment.read())
-    if not settings.ports:
-        return 0
     try:
+        settings, _ = read_or_report(environment.read())
+        if not settings.ports:
+            return 0
         with urllib.request.urlopen(f"http://127.0.0.1:{settings.ports[-1]}/ping", timeout=5) as response:
             return int(response.status not in (200, 204))
-    except (urllib.error.URLError, OSError):
+    except (ConfigurationError, urllib.error.URLError, OSError):
         return 1
 
 

@@ -79,7 +79,7 @@ def main(loop: str) -> None:
         lifecycle, settings = Lifecycle(), read({"DRAIN_SECONDS": "5", **os.environ})
         lifecycle.ready(handler.died.is_set)
         handler.over, handler.error = lifecycle.over, lifecycle.error
-        install(Context(asyncio.Runner(), lifecycle, settings, handler.died.wait, lambda: None))
+        install(Context(asyncio.Runner(), lifecycle, settings, handler.died.wait, lambda: CONCURRENCY, lambda: None))
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(

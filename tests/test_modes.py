@@ -70,11 +70,10 @@ class ScriptedMode(Mode):
         self._step("serve")
         return 7
 
-    @property
-    def can_refuse(self) -> bool:
-        return self._can_refuse
-
     def refuse(self, error: ConfigurationError) -> None:
+        if not self._can_refuse:
+            super().refuse(error)
+        self._enter_refusal(error)
         self._step(f"refuse: {error}")
 
     def _step(self, name: str) -> None:

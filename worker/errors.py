@@ -196,6 +196,15 @@ class InternalError(JobError):
         super().__init__(f"The worker failed while it handled request {request_id}. Its log has the cause.")
 
 
+def status_of(value: object) -> int | None:
+    """Return the status in an engine's error object, as body or as a stream's chunk; None if `value` is no error."""
+    error = value.get("error") if isinstance(value, dict) else None
+    if not isinstance(error, dict):
+        return None
+    code = error.get("code")
+    return code if isinstance(code, int) else 500
+
+
 class EngineResponseError(JobError):
     """The engine answered with an error. Its own body is passed on unchanged."""
 

@@ -2,19 +2,34 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal
 
-from worker.errors import ENGINE_DIED, LEAVING, LOADING, JobError, StartFailedError, UnavailableError
+from worker import race
+from worker.errors import (
+    ENGINE_DIED,
+    LEAVING,
+    LOADING,
+    EngineDiedError,
+    JobError,
+    StartFailedError,
+    UnavailableError,
+)
 
 State = Literal["starting", "ready", "draining", "failed", "dead", "refused"]
+
+ERROR_SECONDS = 1.5
+"""How long a stopped worker takes to send errors to the callers whose requests it ends."""
+DEATH_SECONDS = 3.0
+"""The same after the engine's death, when nobody is about to kill the worker."""
 
 
 class Lifecycle:
     """`starting`, then `ready`, and `draining` once the worker is stopped.
 
     `dead`: the engine has died. `failed`: the worker cannot go on, but another one may. `refused`: the settings cannot
-    work, and every caller is told why. Any thread may read the state; only the loop that serves may change it.
+    work, and every caller is told why. Any thread may read the state. It changes in the loop that serves, or before
+    anything is served.
     """
 
     def __init__(self) -> None:
@@ -22,13 +37,17 @@ class Lifecycle:
         self._state: State = "starting"
         self._reason = ""
         self._engine_is_dead: Callable[[], bool] = lambda: False
+        self.stopping = asyncio.Event()
+        """Set when the worker is stopped: it takes no new requests."""
         self.over = asyncio.Event()
         """Set when running requests have to end now, with `error()`."""
 
     @property
     def state(self) -> State:
         """The current state."""
-        return "dead" if self._engine_is_dead() else self._state
+        if self._engine_is_dead():
+            return "dead"
+        return "draining" if self._state == "ready" and self.stopping.is_set() else self._state
 
     @property
     def uptime(self) -> float:
@@ -38,11 +57,6 @@ class Lifecycle:
     def ready(self, engine_is_dead: Callable[[], bool]) -> None:
         """Requests are answered, for as long as `engine_is_dead` returns False."""
         self._state, self._engine_is_dead = "ready", engine_is_dead
-
-    def drain(self) -> None:
-        """No new requests are taken; running ones may finish until `over` is set."""
-        if self._state == "ready":
-            self._state = "draining"
 
     def fail(self, reason: str) -> None:
         """The worker cannot go on; another one may."""
@@ -54,8 +68,33 @@ class Lifecycle:
         self._state, self._reason = "refused", reason
         self.over.set()
 
+    async def serve(
+        self, died: Coroutine[Any, Any, object], idle: Callable[[float], Awaitable[object]], grace: float
+    ) -> None:
+        """Wait until the worker is stopped or cannot go on, and end its requests.
+
+        After a stop they have `grace` seconds to finish. Those that still run end with an error. `died` returns, or
+        raises, when the worker cannot go on; `idle(seconds)` waits at most so long until no request runs.
+
+        Raises:
+            EngineDiedError: `died` has returned.
+        """
+        dying = asyncio.ensure_future(died)
+        try:
+            stopped = await race.first(dying, self.stopping.wait()) is not dying
+            self.stopping.set()
+            if stopped:
+                await race.first(dying, idle(grace))
+            self.over.set()
+            await idle(DEATH_SECONDS if dying.done() else ERROR_SECONDS)
+            if dying.done():
+                dying.result()
+                raise EngineDiedError
+        finally:
+            await race.end(dying)
+
     def error(self) -> JobError:
-        """Return what a caller is told whose request is not answered, or not to its end."""
+        """Return the error for a request that is refused, or ended before its response is complete."""
         match self.state:
             case "starting":
                 return UnavailableError(LOADING)

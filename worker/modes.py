@@ -13,13 +13,11 @@ from typing import Any
 
 import uvloop
 
-from worker import processes
-from worker.errors import ConfigurationError, EngineDiedError, StartupError
-from worker.http.gate import Gate
+from worker import processes, race
+from worker.errors import ConfigurationError, StartupError
 from worker.http.server import HttpServer
 from worker.queue import local
 from worker.queue.handler import Handler, Job, JobHandler, Output
-from worker.request import race
 from worker.request.asgi import App, Message, Receive, Send
 from worker.worker import Worker
 
@@ -53,11 +51,9 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
         except StartupError as error:
             worker.lifecycle.fail(str(error))
             raise
-        if not mode.can_refuse or worker.settings.startup_failure == "exit":
+        if worker.settings.startup_failure == "exit":
             raise problem
         worker.shutdown()
-        worker.lifecycle.refuse(str(problem))
-        log.error("The worker cannot start, and reports the reason to its callers: %s", problem)
         mode.refuse(problem)
     return 0
 
@@ -70,7 +66,6 @@ class Mode(ABC):
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.gate = Gate(worker.own_routes, worker.lifecycle, worker.telemetry, worker.settings, worker.pipeline)
         self.server: HttpServer | None = None
 
     def listen(self, stack: ExitStack) -> None:
@@ -83,7 +78,7 @@ class Mode(ABC):
             # Until the mode serves and handles them itself.
             signal.signal(number, lambda number, _: sys.exit(0 if self.stops_with_0 else 128 + number))
         if ports := self.worker.settings.ports:
-            self.server = stack.enter_context(HttpServer(self.gate, ports))
+            self.server = stack.enter_context(HttpServer(self.worker.gate, ports))
 
     def load(self) -> None:
         """Load the engine."""
@@ -93,20 +88,22 @@ class Mode(ABC):
     def serve(self) -> int:
         """Answer requests until the worker is stopped; return the exit code."""
 
-    @property
-    def can_refuse(self) -> bool:
-        """Whether there are callers to tell why the worker cannot start."""
-        return False
-
     def refuse(self, error: ConfigurationError) -> None:
-        """Tell every caller why the worker cannot start, until it is stopped or has done so for long enough."""
+        """Tell every caller why the worker cannot start, until it is stopped or has done so for long enough.
+
+        Raises:
+            ConfigurationError: long enough; or there are no callers.
+        """
         raise error
+
+    def _enter_refusal(self, error: ConfigurationError) -> "Refusal":
+        self.worker.lifecycle.refuse(str(error))
+        log.error("The worker cannot start, and reports the reason to its callers: %s", error)
+        return Refusal(error)
 
 
 class QueueMode(Mode):
     """Jobs from RunPod's queue."""
-
-    can_refuse = True
 
     def load(self) -> None:
         """Load the engine, and import the SDK meanwhile."""
@@ -124,8 +121,8 @@ class QueueMode(Mode):
 
     def refuse(self, error: ConfigurationError) -> None:
         """Fail every job with the reason."""
+        refusal = self._enter_refusal(error)
         handler = JobHandler(self.worker.own_routes.app, self.worker.pipeline, self.worker.settings)
-        refusal = Refusal(error)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             self._serve(runner, refusal.counting(handler.handle), REFUSED_AT_ONCE, refusal.ended)
 
@@ -133,21 +130,19 @@ class QueueMode(Mode):
         from worker.queue import loop, sdk
 
         worker = self.worker
-        context = loop.Context(runner, worker.lifecycle, worker.settings, died, worker.telemetry.stream_posts.inc)
+        context = loop.Context(
+            runner,
+            worker.lifecycle,
+            worker.settings,
+            died=died,
+            room=worker.pipeline.memory.room,
+            posted=worker.telemetry.stream_posts.inc,
+        )
         sdk.serve_queue(handler, concurrency, context)
 
 
 class HttpMode(Mode):
     """Requests over HTTP: for load-balancing endpoints, pods and other machines."""
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self._stopped = asyncio.Event()
-
-    @property
-    def can_refuse(self) -> bool:
-        """Whether the server could open its port."""
-        return self.server is not None
 
     def serve(self) -> int:
         """Answer requests until the worker is stopped."""
@@ -156,37 +151,27 @@ class HttpMode(Mode):
         return 0
 
     async def _serve(self) -> None:
-        worker, gate, stopped = self.worker, self.gate, self._stopped
+        worker, lifecycle = self.worker, self.worker.lifecycle
         attaching = asyncio.create_task(worker.attach())
-        if await race.first(attaching, stopped.wait()) is not attaching:
+        if await race.first(attaching, lifecycle.stopping.wait()) is attaching:
+            attaching.result()
+            await lifecycle.serve(worker.engine.died(), worker.gate.drained, worker.settings.grace)
+        else:
             attaching.cancel()
-            return
-        gate.open(attaching.result(), worker.concurrency)
-        died = asyncio.create_task(worker.engine.died())
-        if await race.first(died, stopped.wait()) is not died:
-            worker.lifecycle.drain()
-            await race.first(gate.drained(worker.settings.grace), died)
-        worker.lifecycle.over.set()
-        await gate.drained(processes.LAST_WORDS_SECONDS)
-        if died.done():
-            raise EngineDiedError
-        died.cancel()
 
     def refuse(self, error: ConfigurationError) -> None:
         """Answer every request with the reason."""
-        self._run(self._refuse(error))
-
-    async def _refuse(self, error: ConfigurationError) -> None:
-        stopped = asyncio.create_task(self._stopped.wait())
-        if await race.first(stopped, asyncio.sleep(REFUSE_SECONDS)) is not stopped:
+        if self.server is None:
             raise error
+        refusal = self._enter_refusal(error)
+        self._run(self.worker.lifecycle.serve(refusal.ended(), self.worker.gate.drained, grace=0))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` in the server's loop, where a signal that stops the worker sets `_stopped`."""
-        server = self.server
+        """Run `work` in the server's loop."""
+        server, stopping = self.server, self.worker.lifecycle.stopping
         assert server is not None
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: server.notify(self._stopped))
+            signal.signal(number, lambda *_: server.notify(stopping))
         server.run(work)
 
 
@@ -233,9 +218,13 @@ class DevelopmentMode(Mode):
 
 def attached_later(worker: Worker) -> App:
     """Return the worker's app; the first request attaches the engine in its own loop."""
+    attaching: asyncio.Task[App] | None = None
 
     async def app(scope: Message, receive: Receive, send: Send) -> None:
-        await (await worker.attach())(scope, receive, send)
+        nonlocal attaching
+        attaching = attaching or asyncio.create_task(worker.attach())
+        # A request that ends early must not take the attachment with it.
+        await (await asyncio.shield(attaching))(scope, receive, send)
 
     return app
 

@@ -13,8 +13,6 @@ import psutil
 
 from worker.errors import ConfigurationError
 
-LAST_WORDS_SECONDS = 1.5
-"""Time to send errors to callers whose requests are ended."""
 END_SECONDS = 2.0
 EXIT_SECONDS = 2.5
 """Time for an orderly exit, once no caller waits for an answer any more."""

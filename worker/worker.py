@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from worker.errors import Json
+from worker.http.gate import Gate
 from worker.http.own_routes import OwnRoutes
 from worker.lifecycle import Lifecycle
 from worker.model import fit, preflight
@@ -41,10 +42,10 @@ class Worker:
         self.startup_phases = StartupPhases()
         self.own_routes = OwnRoutes(self.lifecycle, self.telemetry, settings, self.startup_phases)
         self.pipeline = Pipeline(settings, self.lifecycle, self.telemetry)
+        self.gate = Gate(self.own_routes, self.lifecycle, self.telemetry, settings, self.pipeline)
         self._engine: Engine | None = None
         self._compile_cache: CompileCache | None = None
         self._details: Json = {}
-        self._app: App | None = None
         self.startup_phases.add("python", time.time() - psutil.Process().create_time())
 
     @property
@@ -110,23 +111,17 @@ class Worker:
         return CompileCache(folder, key, settings.libraries.vllm_cache, size)
 
     async def attach(self) -> App:
-        """Return the engine's routes and the worker's own as one ASGI app, built at the first call."""
-        if self._app is None:
-            began = time.monotonic()
-            app = await self.engine.attach()
-            if self._app is None:
-                self._app = self.own_routes.over(app)
-                self._note_ready(time.monotonic() - began)
-        return self._app
-
-    def _note_ready(self, attach_seconds: float) -> None:
-        self.startup_phases.add("attach", attach_seconds)
+        """Build the engine's routes and the worker's own as one ASGI app, and become ready. Call it once."""
+        with self.startup_phases.phase("attach"):
+            app = self.own_routes.over(await self.engine.attach())
         self.startup_phases.add("total", self.lifecycle.uptime + self.startup_phases.seconds["python"])
         self.startup_phases.report(**self._details)
         self.own_routes.engine = self.engine.describe()
+        self.gate.open(app, self.concurrency)
         self.lifecycle.ready(lambda: self.engine.is_dead)
         if self._compile_cache is not None:
             threading.Thread(target=self._compile_cache.save, name="compile cache", daemon=True).start()
+        return app
 
     def shutdown(self) -> None:
         """End the engine's processes, if there are any."""

@@ -74,7 +74,7 @@ class Worker:
         self.telemetry = Telemetry("model", registry)
         own_routes = OwnRoutes(self.lifecycle, self.telemetry, chosen, StartupPhases(registry))
         pipeline = Pipeline(chosen, self.lifecycle, self.telemetry)
-        self.memory = pipeline._memory
+        self.memory = pipeline.memory
         self.gate = Gate(own_routes, self.lifecycle, self.telemetry, chosen, pipeline, **gate)
         self.engine = engine
         self.concurrency = concurrency
@@ -87,7 +87,7 @@ class Worker:
 
     def end(self) -> None:
         async def end() -> None:
-            self.lifecycle.drain()
+            self.lifecycle.stopping.set()
             self.lifecycle.over.set()
 
         if self.server is not None:
@@ -189,7 +189,7 @@ def test_states() -> None:
         assert worker.get("/ping").status_code == 200
         assert (worker.get("/health").status_code, worker.get("/health").json()["status"]) == (200, "ready")
         assert worker.post().status_code == 200
-        worker.lifecycle.drain()
+        worker.lifecycle.stopping.set()
         assert worker.get("/ping").status_code == 503
         assert "is shutting down" in error(worker.post())["message"]
         worker.lifecycle.ready(engine_is_dead=lambda: True)
@@ -381,7 +381,7 @@ def test_the_memory_of_bodies_that_wait_is_bounded() -> None:
         ThreadPoolExecutor(8) as pool,
     ):
         asked = [pool.submit(worker.post, json=None, content=bytes(19_000_000)) for _ in range(8)]
-        _wait_for(lambda: sum(one.done() for one in asked) == 7)
+        _wait_for(lambda: sum(one.done() for one in asked) == 7 and worker.gate.running == 1)
         assert (worker.gate.running, worker.memory.held) == (1, 19_000_000)
         worker.end()
         assert sorted(one.result().status_code for one in asked) == [429] * 7 + [503]
@@ -517,6 +517,15 @@ def test_a_worker_that_cannot_start_says_why_to_everybody() -> None:
         for answer in (worker.post(), worker.get("/v1/models"), worker.get("/nothing")):
             assert answer.status_code == 503
             assert "MODEL_NAME='x': no such model" in error(answer)["message"]
+
+
+def test_an_upload_that_ends_while_the_worker_stops_starts_nothing() -> None:
+    with serving() as worker, socket.create_connection(("127.0.0.1", worker.port), timeout=10) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{".encode())
+        _wait_for(lambda: worker.memory.held == 1)
+        worker.lifecycle.stopping.set()
+        connection.sendall(b"}")
+        assert b"shutting down" in connection.recv(65536)
 
 
 def test_several_ports_are_served_alike() -> None:

@@ -308,7 +308,7 @@ def ended_while_they_run(app: App, *job_inputs: Json) -> list[list[Output]]:
         answering = handler(app, lifecycle=lifecycle)
         tasks = [asyncio.create_task(collect(answering, job_input)) for job_input in job_inputs]
         await asyncio.sleep(0.1)
-        lifecycle.drain()
+        lifecycle.stopping.set()
         lifecycle.over.set()
         late = await collect(answering, CHAT)
         return [*await asyncio.gather(*tasks), late]

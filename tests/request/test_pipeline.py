@@ -14,7 +14,7 @@ from worker.errors import ENGINE_DIED, LEAVING, LOADING, InvalidRequestError, Jo
 from worker.lifecycle import Lifecycle
 from worker.request import sse
 from worker.request.asgi import App, Receive, Request, Response, Send, exchange
-from worker.request.pipeline import BodyBudget, BodyMemory, ErrorBoundary, Limits, Pipeline, Record
+from worker.request.pipeline import BodyBudget, BodyMemory, ErrorBoundary, Pipeline, Recorder, TimeLimit
 from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
 
@@ -82,7 +82,7 @@ def asked(app: App, body: bytes = b"{}") -> tuple[Response, bytes]:
     return asyncio.run(ask(app, body))
 
 
-# ---- Limits
+# ---- TimeLimit
 
 
 @asynccontextmanager
@@ -104,12 +104,12 @@ def test_a_stream_that_is_read_slowly_ends_on_time(why: str) -> None:
     async def run() -> tuple[float, bytes]:
         lifecycle = Lifecycle()
         lifecycle.ready(lambda: dead[0])
-        limits = Limits(streaming(200, pause=0.01), lifecycle, 0.3 if why == "deadline" else None)
+        limits = TimeLimit(streaming(200, pause=0.01), lifecycle, 0.3 if why == "deadline" else None)
         app = ErrorBoundary(limits, lifecycle)
 
         def end() -> None:
             if why == "drain":
-                lifecycle.drain()
+                lifecycle.stopping.set()
             dead[0] = why == "death"
             lifecycle.over.set()
 
@@ -138,7 +138,7 @@ def test_the_app_sees_a_disconnect_at_the_deadline() -> None:
         ended.append((await receive())["type"])
 
     with pytest.raises(JobError, match=r"REQUEST_TIMEOUT=0.05"):
-        asyncio.run(Limits(app, ready(), 0.05)(request().scope(), Response(request()).receive, _drop))
+        asyncio.run(TimeLimit(app, ready(), 0.05)(request().scope(), Response(request()).receive, _drop))
     assert ended == ["http.disconnect"]
 
 
@@ -149,7 +149,8 @@ async def _drop(_message: Any) -> None:
 def test_an_app_that_ignores_the_disconnect_is_cancelled() -> None:
     cancelled: list[bool] = []
 
-    async def app(_scope: Any, _receive: Receive, _send: Send) -> None:
+    async def app(_scope: Any, receive: Receive, _send: Send) -> None:
+        await receive()
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
@@ -157,8 +158,21 @@ def test_an_app_that_ignores_the_disconnect_is_cancelled() -> None:
             raise
 
     with pytest.raises(JobError, match="REQUEST_TIMEOUT"):
-        asyncio.run(Limits(app, ready(), 0.05)(request().scope(), Response(request()).receive, _drop))
+        asyncio.run(TimeLimit(app, ready(), 0.05)(request().scope(), Response(request()).receive, _drop))
     assert cancelled == [True]
+
+
+def test_the_time_limit_begins_when_the_body_is_complete() -> None:
+    pieces = [b"a", b"b", b"c"]
+
+    async def slow_upload() -> Any:
+        if not pieces:
+            await asyncio.sleep(60)
+        await asyncio.sleep(0.1)
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    app = BodyBudget(answering(b"{}"), BodyMemory(100))
+    asyncio.run(TimeLimit(app, ready(), 0.2)(request().scope(), slow_upload, _drop))
 
 
 def test_no_request_begins_when_the_worker_is_over() -> None:
@@ -168,11 +182,11 @@ def test_no_request_begins_when_the_worker_is_over() -> None:
     lifecycle = Lifecycle()
     lifecycle.over.set()
     with pytest.raises(JobError, match=LOADING):
-        asyncio.run(Limits(app, lifecycle, None)(request().scope(), Response(request()).receive, _drop))
+        asyncio.run(TimeLimit(app, lifecycle, None)(request().scope(), Response(request()).receive, _drop))
 
 
 def test_a_response_that_is_complete_in_time_stays_as_it_is() -> None:
-    response, body = asked(ErrorBoundary(Limits(answering(b"{}"), ready(), 5), ready()))
+    response, body = asked(ErrorBoundary(TimeLimit(answering(b"{}"), ready(), 5), ready()))
     assert (response.status, body) == (200, b"{}")
 
 
@@ -255,7 +269,7 @@ def test_a_request_whose_client_leaves_counts_as_cancelled(caplog: pytest.LogCap
     telemetry = Telemetry("model", CollectorRegistry())
 
     async def run() -> None:
-        async with exchange(Record(streaming(1000, pause=0.01), telemetry), request()) as response:
+        async with exchange(Recorder(streaming(1000, pause=0.01), telemetry), request()) as response:
             await response.read()
             assert telemetry.running == 1
 
@@ -284,6 +298,21 @@ def test_a_body_arrives_in_one_piece_and_is_counted_until_the_request_ends() -> 
     asyncio.run(BodyBudget(app, memory)({}, receive, _drop))
     assert seen == [b"abc", "http.disconnect", 3]
     assert memory.held == 0
+
+
+def test_a_large_body_is_accepted_alone_however_it_arrives() -> None:
+    memory = BodyMemory(10)
+    pieces = [b"x" * 8] * 4
+    sizes: list[int] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": pieces.pop(), "more_body": bool(pieces)}
+
+    async def app(_scope: Any, receive: Receive, _send: Send) -> None:
+        sizes.append(len((await receive())["body"]))
+
+    asyncio.run(BodyBudget(app, memory)({}, receive, _drop))
+    assert (sizes, memory.held) == ([32], 0)
 
 
 def test_bodies_beyond_the_memory_are_refused_until_others_end() -> None:

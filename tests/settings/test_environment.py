@@ -90,3 +90,12 @@ def test_libraries_go_offline_unless_the_user_forbids_it() -> None:
 def test_the_start_method_of_vllms_processes() -> None:
     environment.set_start_method("fork")
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+
+
+def test_the_file_sets_variables_of_other_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("hf-home: /models/hf\nvllm-cache-root: /cache")
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    environment.prepare(read({"VLLM_CONFIG_FILE": str(file)}))
+    assert (os.environ["HF_HOME"], os.environ["VLLM_CACHE_ROOT"]) == ("/models/hf", "/cache")

@@ -117,8 +117,20 @@ def test_the_endpoint_for_traces_depends_on_the_protocol(protocol: str, endpoint
 
 
 def test_an_empty_list_is_a_mistake() -> None:
-    with pytest.raises(ConfigurationError, match=r"WORKER_API_KEY=',': .*expected one or more, separated by commas"):
+    with pytest.raises(ConfigurationError, match=r"WORKER_API_KEY: .*expected one or more, separated by commas"):
         read({"WORKER_API_KEY": ","})
+
+
+def test_a_mistake_in_a_secret_does_not_reveal_it() -> None:
+    with pytest.raises(ConfigurationError, match="WORKER_API_KEY: ") as raised:
+        read({"WORKER_API_KEY": '["sk-very-secret"'})
+    assert "sk-very-secret" not in str(raised.value)
+
+
+def test_a_mistake_leaves_the_key_in_force_whatever_it_is_called() -> None:
+    settings, error = read_or_report({"VLLM_API_KEY": "key", "MAX_QUEUE": "x", "PORT": "80"})
+    assert error is not None
+    assert (settings.worker_api_key, settings.mode) == (("key",), "http")
 
 
 def test_the_password_of_a_url_is_not_public() -> None:

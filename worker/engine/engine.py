@@ -14,6 +14,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from worker import race
 from worker.engine import media_errors, patches
 from worker.engine.arguments import changed
 from worker.engine.client import Silence
@@ -21,7 +22,6 @@ from worker.engine.connector import Guard
 from worker.engine.load import FirstCause, Work, load
 from worker.engine.startup_errors import translated
 from worker.errors import Json, StartupError
-from worker.request import race
 from worker.request.asgi import App, Request, exchange
 from worker.settings.settings import MAX_CONCURRENCY, Settings
 
@@ -45,8 +45,6 @@ class Engine:
         self._stall_seconds = float("inf") if args.disable_log_stats else settings.engine_stall_timeout
         # Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead.
         self._liveness = SimpleNamespace(should_exit=False)
-        self._attaching = asyncio.Lock()
-        self._app: App | None = None
         self._lifespan: asyncio.Task[None] | None = None
 
     @classmethod
@@ -84,22 +82,19 @@ class Engine:
             log.error("The engine has been silent for %.0f s while requests wait", self._silence.seconds)
 
     async def attach(self) -> App:
-        """Return vLLM's API as an ASGI app. The first call builds and tests it; call it in the loop that serves.
+        """Build vLLM's API as an ASGI app and test it. Call it once, in the loop that serves.
 
         Raises:
             ConfigurationError: vLLM's API does not support the settings.
             StartupError: the engine failed at its first generation.
         """
-        async with self._attaching:
-            if self._app is None:
-                guard = Guard(self._settings, self._args.allowed_media_domains)
-                patches.install(guard)
-                app = media_errors.keep_bodies(await self._build_app(guard))
-                if self._media_limits.get("video"):
-                    guard.decoders.prepare()
-                (await race.first(self._warm_up(app), self._fail_when_dead())).result()
-                self._app = app
-            return self._app
+        guard = Guard(self._settings, self._args.allowed_media_domains)
+        patches.install(guard)
+        app = media_errors.keep_bodies(await self._build_app(guard))
+        if self._media_limits.get("video"):
+            guard.decoders.prepare()
+        (await race.first(self._warm_up(app), self._fail_when_dead())).result()
+        return app
 
     async def _build_app(self, guard: Guard) -> App:
         await self._client.reset_mm_cache()

@@ -153,7 +153,9 @@ class Gate:
             )
 
     def _admit(self) -> None:
-        """Count a request whose body is complete; others may have become complete meanwhile."""
+        """Count a request whose body is complete. Much may have happened since it began."""
+        if self._lifecycle.state != "ready":
+            raise self._lifecycle.error()
         self._check_load()
         self.running += 1
 

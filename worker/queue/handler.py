@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from worker.errors import EngineResponseError, JobError, Json, NotOfThisModelError
+from worker.errors import EngineResponseError, JobError, Json, NotOfThisModelError, status_of
 from worker.request import sse
 from worker.request.asgi import App, Message, Receive, Request, Response, Send, exchange
 from worker.request.inputs import JobInput, StreamForm
@@ -127,9 +127,10 @@ def _value(response: Response, body: bytes) -> Output:
 
 def _engine_error(status: int, value: object) -> EngineResponseError | None:
     """Return the error that a body or a chunk holds, if any. With status 200, the error's own code is its status."""
-    if not isinstance(value, dict) or not isinstance(value.get("error"), dict):
+    code = status_of(value)
+    if code is None or not isinstance(value, dict):
         return None
-    return EngineResponseError(status if status >= 400 else value["error"].get("code", 500), value)
+    return EngineResponseError(status if status >= 400 else code, value)
 
 
 def _error(status: int, body: bytes, path: str) -> JobError:

@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,14 +19,14 @@ import aiohttp
 from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http, rp_job, rp_scale
 
-from worker import processes
+from worker import race
 from worker.backoff import Backoff
-from worker.errors import EngineDiedError
-from worker.lifecycle import Lifecycle
+from worker.errors import StartupError
+from worker.lifecycle import ERROR_SECONDS, Lifecycle
 from worker.queue.delivery import Delivery
 from worker.queue.handler import Job
-from worker.request import race
 from worker.settings import Settings
+from worker.telemetry.logs import frames
 
 T = TypeVar("T")
 
@@ -52,6 +52,8 @@ class Context:
     settings: Settings
     died: Callable[[], Coroutine[Any, Any, object]]
     """Returns when the worker cannot answer any more. Its exception ends the worker."""
+    room: Callable[[], int]
+    """Returns the number of jobs of any size for which there is memory."""
     posted: Callable[[], None]
     """Called for every part of a stream that is posted."""
 
@@ -73,6 +75,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         self._is_receiving = False
         self._places: int = self.concurrency_modifier(1)
         self._changed = asyncio.Event()
+        self._failed = asyncio.Event()
+        self._polls: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Run until the platform stops the worker."""
@@ -85,47 +89,52 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             EngineDiedError: the engine died; the running jobs have failed.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self.handle_shutdown, number, None)
+            asyncio.get_running_loop().add_signal_handler(number, self._lifecycle.stopping.set)
         async with AsyncClientSession() as session:
-            stopped = asyncio.create_task(self._shutdown_event.wait())
-            died = asyncio.create_task(self._context.died())
-            polls = [asyncio.create_task(poll(session)) for poll in (self.get_jobs, self.monitor_stop_signals)]
-            reason = await race.first(died, *polls, stopped)
-            self.kill_worker()
-            self._lifecycle.drain()
-            if reason in polls:
-                self._lifecycle.fail("it cannot reach the queue any more")
-            await self._receive_last_jobs()
-            await race.end(died, stopped, *polls)
-            if reason is stopped:
-                await self._wait_for_jobs(self._context.settings.grace)
-            await self._end_jobs()
-        # A poll never ends by itself: this raises its exception.
-        reason.result()
-        if reason is died:
-            raise EngineDiedError
+            self._polls = [asyncio.create_task(poll(session)) for poll in (self.get_jobs, self.monitor_stop_signals)]
+            for task in self._polls:
+                task.add_done_callback(self._poll_ended)
+            try:
+                await self._lifecycle.serve(self._died(), self._idle, self._context.settings.grace)
+            finally:
+                await race.end(*self._polls)
+                await self._cancel_jobs()
 
-    async def _receive_last_jobs(self) -> None:
-        """Wait for jobs that are being transferred: for the platform, they are taken."""
-        waited = 0.0
-        while self._is_receiving and waited < LAST_JOBS_SECONDS:
-            await asyncio.sleep(0.01)
-            waited += 0.01
+    def _poll_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            log.error("The job loop has failed:\n%s", frames(error))
+            self._lifecycle.fail("its job loop has failed")
+            self._failed.set()
 
-    async def _wait_for_jobs(self, seconds: float) -> None:
+    async def _died(self) -> None:
+        """Wait until the worker cannot go on. Jobs that the platform may retry are cancelled then."""
+        died = asyncio.ensure_future(self._context.died())
+        try:
+            if await race.first(died, self._failed.wait()) is not died:
+                raise StartupError("The job loop has failed; the log above has the cause.")
+            died.result()
+        finally:
+            await race.end(died)
+        await race.end(*(self.jobs_tasks[job_id] for job_id in self._silent if self._is_left_to_platform(job_id)))
+
+    async def _idle(self, seconds: float) -> None:
+        """Stop taking jobs, and wait at most `seconds` until none runs."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_JOBS_SECONDS):
+                # For the platform, jobs that are being transferred are taken.
+                while self._is_receiving:  # noqa: ASYNC110 - once, when the worker ends
+                    await asyncio.sleep(0.01)
+        await race.end(*self._polls)
         if self.jobs_tasks:
             await asyncio.wait(self.jobs_tasks.values(), timeout=seconds)
 
-    async def _end_jobs(self) -> None:
-        """End the jobs that still run: first with an error, then by cancelling them."""
-        for job_id in [job_id for job_id in self._silent if self._is_left_to_platform(job_id)]:
-            self.jobs_tasks[job_id].cancel()
-        self._lifecycle.over.set()
-        await self._wait_for_jobs(processes.LAST_WORDS_SECONDS)
-        for job_id, task in self.jobs_tasks.items():
+    async def _cancel_jobs(self) -> None:
+        running = dict(self.jobs_tasks)
+        for job_id, task in running.items():
             log.error("Job %s ends without a result", job_id)
             task.cancel()
-        await self._wait_for_jobs(processes.LAST_WORDS_SECONDS)
+        if running:
+            await asyncio.wait(running.values(), timeout=ERROR_SECONDS)
 
     async def get_jobs(self, session: aiohttp.ClientSession) -> None:
         """Ask for as many jobs as there are free places, for as long as the worker runs."""
@@ -150,15 +159,15 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
         if rp_job._job_stop_url() is None:
             log.warning("The platform has no job-stop route: cancelled jobs run to their end")
-            await self._shutdown_event.wait()
+            await self._lifecycle.stopping.wait()
+            return
         async for job_ids in _poll("job-stop", listen):
             for job_id in job_ids:
                 await self.stop_job(job_id)
 
     async def _free_places(self) -> int:
-        while (
-            (free := self._places - len(self.jobs_tasks)) <= 0 or not self.is_alive() or self._lifecycle.state == "dead"
-        ):
+        """Wait for free places and return their number, as far as there is memory for the jobs' bodies."""
+        while (free := min(self._places - len(self.jobs_tasks), self._context.room())) <= 0 or self._is_closed():
             self._changed.clear()
             await self._changed.wait()
         return free
@@ -211,6 +220,9 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         finally:
             # There is no `await` between here and the start of the jobs.
             self._is_receiving = False
+
+    def _is_closed(self) -> bool:
+        return self._lifecycle.stopping.is_set() or self._lifecycle.state == "dead"
 
     def _is_left_to_platform(self, job_id: str) -> bool:
         """Return whether the platform may retry a job, because it had no output when the engine died."""

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker.request import race
+from worker import race
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -185,7 +185,4 @@ async def exchange(app: App, request: Request, grace: float = DISCONNECT_SECONDS
         yield response
     finally:
         response.disconnect()
-        try:
-            await asyncio.wait({task}, timeout=grace)
-        finally:
-            await race.end(task)
+        await race.end(task, grace=grace)

@@ -1,6 +1,6 @@
 """The way of every request to the engine: small ASGI layers, the same for the queue and for HTTP.
 
-Record → ErrorBoundary → Limits → BodyBudget → engine. Each layer does one thing and can be tested around any ASGI app.
+Recorder → ErrorBoundary → TimeLimit → BodyBudget → engine. Each layer does one thing, and works around any ASGI app.
 """
 
 import asyncio
@@ -9,9 +9,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from worker.errors import BodyMemoryError, InternalError, JobError, JobTimeoutError
+from worker import race
+from worker.errors import BodyMemoryError, InternalError, JobError, JobTimeoutError, status_of
 from worker.lifecycle import Lifecycle
-from worker.request import race, sse
+from worker.request import sse
 from worker.request.asgi import (
     DISCONNECT_SECONDS,
     App,
@@ -39,16 +40,16 @@ class Pipeline:
         self._seconds = settings.request_timeout
         self._lifecycle = lifecycle
         self._telemetry = telemetry
-        self._memory = BodyMemory(settings.max_total_request_bytes)
+        self.memory = BodyMemory(settings.max_total_request_bytes)
 
     def around(self, app: App) -> App:
         """Return `app` inside all layers."""
-        app = Limits(BodyBudget(app, self._memory), self._lifecycle, self._seconds)
-        return Record(ErrorBoundary(app, self._lifecycle), self._telemetry)
+        app = TimeLimit(BodyBudget(app, self.memory), self._lifecycle, self._seconds)
+        return Recorder(ErrorBoundary(app, self._lifecycle), self._telemetry)
 
 
-class Record:
-    """Keeps the record of each request: one log line, metrics and a span."""
+class Recorder:
+    """Keeps a record of each request: one log line, metrics and a span."""
 
     def __init__(self, app: App, telemetry: Telemetry) -> None:
         self._app = app
@@ -64,6 +65,8 @@ class Record:
                 nonlocal has_left
                 message = await receive()
                 has_left = has_left or message["type"] == "http.disconnect"
+                if message["type"] == "http.request" and not message.get("more_body", False):
+                    record.arrived()
                 return message
 
             async def send_noting(message: Message) -> None:
@@ -115,7 +118,7 @@ class _Response:
         """Pass on a message of the app, unless the response is complete already."""
         if self._is_complete:
             return
-        if self._is_server_error(message) and self._lifecycle.state == "dead":
+        if self._lifecycle.state == "dead" and self._is_server_error(message):
             await self.fail(self._lifecycle.error())
             return
         if message["type"] == "http.response.start":
@@ -140,8 +143,11 @@ class _Response:
             await self._send({"type": "http.response.body", "body": sse.event(error.body()) + sse.DONE})
 
 
-class Limits:
-    """Ends a request at its deadline, or when the worker's life is over, whatever the app and the client do."""
+class TimeLimit:
+    """Ends a request `seconds` after its body is complete, or when the worker's life is over.
+
+    This works also while nothing waits for the app or the client: the limit is a task of its own.
+    """
 
     def __init__(self, app: App, lifecycle: Lifecycle, seconds: float | None) -> None:
         self._app = app
@@ -151,12 +157,16 @@ class Limits:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if self._lifecycle.over.is_set():
             raise self._lifecycle.error()
-        end = asyncio.ensure_future(self._end())
+        complete = asyncio.Event()
+        end = asyncio.ensure_future(self._end(complete))
 
         async def receive_until_end() -> Message:
             winner = await race.first(end, receive())
             # Apps stop their work for a client that disconnects. A cancelled app may leave it running.
-            return {"type": "http.disconnect"} if winner is end else winner.result()
+            message: Message = {"type": "http.disconnect"} if winner is end else winner.result()
+            if not message.get("more_body", False):
+                complete.set()
+            return message
 
         async def send_until_end(message: Message) -> None:
             if not end.done():
@@ -167,39 +177,48 @@ class Limits:
             await race.first(working, end)
             if not end.done():
                 return working.result()
-            await asyncio.wait({working}, timeout=DISCONNECT_SECONDS)
             raise end.result()
         finally:
-            await race.end(working, end)
+            await race.end(working, grace=DISCONNECT_SECONDS if end.done() else 0)
+            await race.end(end)
 
-    async def _end(self) -> JobError:
-        """Wait for the request's end and return the error that it ends with."""
-        if self._seconds is None:
-            await self._lifecycle.over.wait()
-            return self._lifecycle.error()
-        try:
-            await asyncio.wait_for(self._lifecycle.over.wait(), self._seconds)
-        except TimeoutError:
-            return JobTimeoutError(self._seconds)
+    async def _end(self, complete: asyncio.Event) -> JobError:
+        """Wait for the end, and return the error that the request ends with."""
+        over, seconds = self._lifecycle.over, self._seconds
+        if seconds is None:
+            await over.wait()
+        else:
+            await race.first(complete.wait(), over.wait())
+            try:
+                await asyncio.wait_for(over.wait(), seconds)
+            except TimeoutError:
+                return JobTimeoutError(seconds)
         return self._lifecycle.error()
 
 
 class BodyMemory:
     """The bytes of all request bodies that are held, and their limit."""
 
+    JOB_BYTES = 20_000_000
+    """The largest job that RunPod accepts."""
+
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.held = 0
 
-    def take(self, size: int) -> None:
-        """Reserve `size` bytes. A single request always fits.
+    def take(self, size: int, own: int = 0) -> None:
+        """Reserve `size` bytes for a request that holds `own` bytes already. A request that is alone always fits.
 
         Raises:
             BodyMemoryError: the other bodies leave too little room.
         """
-        if self.held and self.held + size > self._limit:
+        if self.held > own and self.held + size > self._limit:
             raise BodyMemoryError(self.held, self._limit)
         self.held += size
+
+    def room(self) -> int:
+        """Return the number of jobs of any size for which there is memory."""
+        return max((self._limit - self.held) // self.JOB_BYTES, 0 if self.held else 1)
 
 
 class BodyBudget:
@@ -219,7 +238,7 @@ class BodyBudget:
                 if message["type"] == "http.disconnect":
                     return
                 piece = message.get("body", b"")
-                self._memory.take(len(piece))
+                self._memory.take(len(piece), held)
                 held += len(piece)
                 pieces.append(piece)
                 more = message.get("more_body", False)
@@ -269,8 +288,6 @@ def _error_in_body(body: bytes) -> int | None:
     if b'"error":{' not in body and b'"error": {' not in body:
         return None
     try:
-        error = json.loads(body)["error"]
-    except (ValueError, LookupError, TypeError):
+        return status_of(json.loads(body))
+    except ValueError:
         return None
-    code = error.get("code", 500) if isinstance(error, dict) else None
-    return code if isinstance(code, int) or code is None else 500

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from worker.errors import status_of
+
 MAX_BATCH_BYTES = 900_000
 """RunPod accepts at most 1 MB in one yield. The rest is room for the envelope."""
 
@@ -96,10 +98,9 @@ def error_status(part: bytes) -> int | None:
     if not part.startswith(_ERROR_STARTS):
         return None
     try:
-        code = (payload(next(split(part))) or {})["error"]["code"]
-    except (ValueError, LookupError, TypeError):
-        code = None
-    return code if isinstance(code, int) else 500
+        return status_of(payload(next(split(part)))) or 500
+    except ValueError:
+        return 500
 
 
 def event(value: Any, name: str | None = None) -> bytes:

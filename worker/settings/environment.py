@@ -6,6 +6,7 @@
 import os
 from pathlib import Path
 
+from worker.settings import sources
 from worker.settings.flags import BOOLEANS
 from worker.settings.settings import Settings
 
@@ -57,7 +58,8 @@ def prepare(settings: Settings, logging_config: Path | None = None) -> None:
     sleep_mode = BOOLEANS.get(values.get("ENABLE_SLEEP_MODE", "").strip().lower(), False)
     if not sleep_mode and ALLOCATION_SETTINGS.isdisjoint(values):
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    # An empty variable counts as unset.
+    # Variables of other programs count in the file too. An empty variable counts as unset.
+    os.environ.update({name: value for name, value in values.items() if sources.FOREIGN.match(name)})
     os.environ.update({name: values.get(name, value) for name, value in defaults.items()})
     os.environ["VLLM_MEDIA_CONNECTOR"] = MEDIA_CONNECTOR
     os.environ["VLLM_MAX_IMAGE_PIXELS"] = str(settings.max_image_pixels)

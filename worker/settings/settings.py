@@ -215,11 +215,14 @@ def read_or_report(environ: Mapping[str, str]) -> tuple[Settings, ConfigurationE
     Raises:
         ConfigurationError: even these few are wrong.
     """
+    variables = Variables(environ, {})
     try:
-        return read(environ), None
+        variables = sources.collect(environ)
+        return from_variables(variables), None
     except ConfigurationError as error:
+        minimal = {name: variables.values[name] for name in MINIMAL if name in variables.values}
         with suppress(ConfigurationError):
-            return from_variables(Variables({name: environ[name] for name in MINIMAL if name in environ}, {})), error
+            return from_variables(Variables(minimal, variables.origins)), error
         raise
 
 
@@ -233,9 +236,12 @@ def from_variables(variables: Variables) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
+        mistakes = ((str(one["loc"][0]), one["input"], one["msg"]) for one in error.errors())
         lines = [
-            f"{variables.described(str(mistake['loc'][0]).upper())}={mistake['input']!r}: {mistake['msg']}"
-            for mistake in error.errors()
+            f"{variables.described(name.upper())}={value!r}: {message}"
+            if Settings.model_fields[name].repr
+            else f"{variables.described(name.upper())}: {message}"
+            for name, value, message in mistakes
         ]
         raise ConfigurationError("\n".join(lines)) from None
     settings._variables = variables

@@ -54,6 +54,10 @@ class Record:
     """Seconds since the epoch, like the engine's times."""
     _clock: float = field(default_factory=time.monotonic)
 
+    def arrived(self) -> None:
+        """Start the clock: the request is complete."""
+        self.began, self._clock = time.time(), time.monotonic()
+
     def ended_with(self, status: int) -> None:
         """Note the HTTP status with which the job ended. A queue job has the status that it would have over HTTP."""
         self.status = status

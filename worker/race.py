@@ -1,4 +1,4 @@
-"""Waits for whichever ends first: the work, or what makes it pointless."""
+"""Waits for whichever ends first: some work, or an event that ends it early."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -18,12 +18,17 @@ async def first(*works: Awaitable[Any]) -> "asyncio.Future[Any]":
         await end(*(future for future, work in zip(futures, works, strict=True) if future is not work))
 
 
-async def end(*tasks: "asyncio.Future[Any]") -> None:
-    """Cancel tasks that have not ended, and wait until they have. What they raise is dropped."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
+async def end(*tasks: "asyncio.Future[Any]", grace: float = 0.0) -> None:
+    """Wait up to `grace` seconds for the end of tasks, then cancel them and wait. What they raise is dropped."""
+    if not tasks:
+        return
+    try:
+        if grace:
+            await asyncio.wait(tasks, timeout=grace)
+    finally:
+        for task in tasks:
+            task.cancel()
         await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()
+        for task in tasks:
+            if not task.cancelled():
+                task.exception()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from worker.request import race
+from worker import race
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
