@@ -52,6 +52,8 @@ class Behaviour:
     proxy_cancels: bool = True
     """Whether a client that disconnects from the `/openai` proxy cancels its job."""
     execution_timeout: float = 600.0
+    post_delay: float = 0.0
+    """How long each post of a part or of a result takes."""
     is_away: bool = False
     """Whether every request of the worker is answered with a connection reset, as if the platform were down."""
     api_key: str | None = None
@@ -63,5 +65,6 @@ class Behaviour:
     """Faults for the next requests of each kind, in order. Long polls that are already waiting are not affected."""
 
     def next_fault(self, kind: RouteKind) -> Fault:
-        script = self.faults.get(kind)
-        return script.pop(0) if script else NO_FAULT
+        if script := self.faults.get(kind):
+            return script.pop(0)
+        return Fault(delay=self.post_delay) if kind in ("stream", "done") and self.post_delay else NO_FAULT

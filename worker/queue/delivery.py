@@ -52,8 +52,8 @@ class Delivery:
                 len(body) / 1e6,
             )
             return
-        await self._post(f"{self.stream_url.replace('$ID', job_id)}&isStream=false", job_id, body)
-        self.posted()
+        if await self._post(f"{self.stream_url.replace('$ID', job_id)}&isStream=false", job_id, body) is None:
+            self.posted()
 
     async def done(self, job_id: str, result: dict[str, Any]) -> None:
         """Post a job's result: `{"output": [every yield]}` or `{"error": text}`; an error if it is too large."""

@@ -1,0 +1,51 @@
+"""A worker whose engine is a scripted app that streams an event every 20 ms for ever. A script, with the real SDK.
+
+Everything between the app and the platform is the worker's own. The input `{"die": true}` kills the engine.
+"""
+
+import asyncio
+import os
+from typing import Any
+
+from worker.lifecycle import Lifecycle
+from worker.queue import sdk
+from worker.queue.handler import JobHandler
+from worker.queue.loop import Context
+from worker.request import sse
+from worker.request.asgi import Receive, Send
+from worker.request.pipeline import Pipeline
+from worker.settings import read
+from worker.telemetry.jobs import Telemetry
+
+
+def main() -> None:
+    """Answer jobs until the worker is stopped or its engine dies."""
+    lifecycle, settings, dead = Lifecycle(), read(os.environ), asyncio.Event()
+    telemetry = Telemetry(settings.model_name)
+    pipeline = Pipeline(settings, lifecycle, telemetry)
+
+    async def engine(_scope: Any, receive: Receive, send: Send) -> None:
+        if b'"die"' in (await receive())["body"]:
+            dead.set()
+        leaving = asyncio.ensure_future(receive())
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        number = 0
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": sse.event({"n": number}), "more_body": True})
+            await asyncio.sleep(0.02)
+            number += 1
+
+    async def died() -> None:
+        await dead.wait()
+
+    lifecycle.ready(dead.is_set)
+    handler = JobHandler(engine, pipeline, settings)
+    context = Context(
+        asyncio.Runner(), lifecycle, settings, died=died, room=pipeline.memory.room, posted=telemetry.stream_posts.inc
+    )
+    sdk.serve_queue(handler.handle, 4, context)
+
+
+if __name__ == "__main__":
+    main()
