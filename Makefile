@@ -5,8 +5,8 @@ UV_VERSION := 0.13.9
 LOCK := builder/requirements-cpu.txt
 READY := .venv/.ready
 BIN := .venv/bin
-# The tests that need no engine; they run in parallel.
-UNIT := tests --ignore=tests/end_to_end --ignore=tests/project --numprocesses=auto --dist=loadfile
+PARALLEL := --numprocesses=auto --dist=loadfile
+UNIT := $(addprefix tests/,settings request telemetry media model http queue) $(wildcard tests/test_*.py)
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
@@ -37,13 +37,13 @@ run: setup ## Run the job in test_input.json with the embedded model, and exit
 
 test: setup ## Run all tests and measure how much of the worker they cover
 	@rm -rf .coverage
-	@$(BIN)/coverage run -m pytest $(UNIT)
+	@$(BIN)/coverage run -m pytest tests --ignore=tests/end_to_end --ignore=tests/project $(PARALLEL)
 	@$(BIN)/coverage run -m pytest tests/end_to_end tests/project
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-test-unit: setup ## Run the tests that need no engine
-	@$(BIN)/python -m pytest $(UNIT)
+test-unit: setup ## Run the tests that need neither the engine nor worker processes, in less than a minute
+	@$(BIN)/python -m pytest $(UNIT) $(PARALLEL)
 
 check: setup ## Check format, lint and types, and that vLLM and the SDK still have what the code relies on
 	@$(BIN)/ruff format --check .

@@ -14,6 +14,6 @@ def hub() -> Iterator[Hub]:
     hub = Hub()
     with ThreadingHTTPServer(("127.0.0.1", 0), handler_for(hub)) as server:
         hub.port = server.server_address[1]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield hub
         server.shutdown()

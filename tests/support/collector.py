@@ -15,7 +15,7 @@ class Collector:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self.spans))
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
     @property
     def environment(self) -> dict[str, str]:

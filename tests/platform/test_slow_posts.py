@@ -13,7 +13,7 @@ from standin import Behaviour, Job, Platform, StandinServer, Status, WorkerProce
 from tests.support.tiny import ROOT
 from worker.errors import ENGINE_DIED, LEAVING
 
-COMMAND = [sys.executable, "-P", str(ROOT / "tests/queue/stream_worker.py")]
+COMMAND = [sys.executable, "-P", str(ROOT / "tests/platform/stream_worker.py")]
 
 
 @contextmanager
