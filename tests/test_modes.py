@@ -1,8 +1,7 @@
 """Modes without an engine: which one is chosen, the steps of `run`, and when a worker stops refusing jobs."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 import handler
+from tests.support.clock import run_on_virtual_clock
 from worker import modes
 from worker.errors import ConfigurationError, StartupError
-from worker.modes import Mode, Refusal
+from worker.modes import Mode
 from worker.settings import Settings
 from worker.worker import Worker
 
@@ -73,7 +73,7 @@ class ScriptedMode(Mode):
     def refuse(self, error: ConfigurationError) -> None:
         if not self._can_refuse:
             super().refuse(error)
-        self._enter_refusal(error)
+        self._begin_refusal(error)
         self._step(f"refuse: {error}")
 
     def _step(self, name: str) -> None:
@@ -133,21 +133,19 @@ def test_a_failure_that_may_pass_ends_the_worker(tmp_path: Path) -> None:
     assert "No network." in str(mode.worker.lifecycle.error())
 
 
-async def failing(_job: Any) -> AsyncGenerator[str, None]:
-    yield "no"
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("jobs", "seconds"), [(modes.REFUSE_JOBS, 1), (3, modes.REFUSE_SECONDS)], ids=["enough jobs", "enough time"]
+)
+def test_a_worker_stops_refusing_after_a_while(jobs: int, seconds: float, tmp_path: Path) -> None:
+    mode = ScriptedMode(worker(tmp_path), {}, can_refuse=True)
 
-
-@pytest.mark.parametrize(("seconds", "jobs"), [(0.05, 100), (60, 2)], ids=["seconds", "jobs"])
-def test_a_worker_stops_refusing_after_a_while(seconds: float, jobs: int) -> None:
-    async def run() -> None:
-        refusal = Refusal(WRONG, seconds, jobs)
-        handle = refusal.counting(failing)
-        waiting = asyncio.create_task(refusal.ended())
-        for _ in range(2):
-            async with aclosing(handle({"id": "job"})) as outputs:
-                assert await anext(outputs) == "no"
+    async def run() -> float:
+        for number in range(jobs):
+            with mode.worker.telemetry.job(f"job-{number}", "control", {}):
+                pass
         with pytest.raises(ConfigurationError, match="wrong"):
-            async with asyncio.timeout(5):
-                await waiting
+            await mode._end_refusal(WRONG)
+        return asyncio.get_running_loop().time()
 
-    asyncio.run(run())
+    assert run_on_virtual_clock(run()) <= seconds

@@ -6,15 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Literal
 
 from worker import race
-from worker.errors import (
-    ENGINE_DIED,
-    LEAVING,
-    LOADING,
-    EngineDiedError,
-    JobError,
-    StartFailedError,
-    UnavailableError,
-)
+from worker.errors import ENGINE_DIED, LEAVING, LOADING, EngineDiedError, JobError, StartFailedError, UnavailableError
 
 State = Literal["starting", "ready", "draining", "failed", "dead", "refused"]
 

@@ -6,8 +6,8 @@ import logging
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import ExitStack, aclosing
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +17,7 @@ from worker import processes, race
 from worker.errors import ConfigurationError, StartupError
 from worker.http.server import HttpServer
 from worker.queue import local
-from worker.queue.handler import Handler, Job, JobHandler, Output
+from worker.queue.handler import Handler, Job, JobHandler
 from worker.request.asgi import App, Message, Receive, Send
 from worker.worker import Worker
 
@@ -96,10 +96,17 @@ class Mode(ABC):
         """
         raise error
 
-    def _enter_refusal(self, error: ConfigurationError) -> "Refusal":
+    def _begin_refusal(self, error: ConfigurationError) -> None:
         self.worker.lifecycle.refuse(str(error))
         log.error("The worker cannot start, and reports the reason to its callers: %s", error)
-        return Refusal(error)
+
+    async def _end_refusal(self, error: ConfigurationError) -> None:
+        """Wait until enough jobs were refused, or for long enough, and raise the error."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REFUSE_SECONDS):
+                while self.worker.telemetry.ended < REFUSE_JOBS:  # noqa: ASYNC110 - seldom, and for minutes at most
+                    await asyncio.sleep(0.2)
+        raise error
 
 
 class QueueMode(Mode):
@@ -121,23 +128,17 @@ class QueueMode(Mode):
 
     def refuse(self, error: ConfigurationError) -> None:
         """Fail every job with the reason."""
-        refusal = self._enter_refusal(error)
+        self._begin_refusal(error)
         handler = JobHandler(self.worker.own_routes.app, self.worker.pipeline, self.worker.settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            self._serve(runner, refusal.counting(handler.handle), REFUSED_AT_ONCE, refusal.ended)
+            self._serve(runner, handler.handle, REFUSED_AT_ONCE, lambda: self._end_refusal(error))
 
     def _serve(self, runner: asyncio.Runner, handler: Handler, concurrency: int, died: Died) -> None:
         from worker.queue import loop, sdk
 
         worker = self.worker
-        context = loop.Context(
-            runner,
-            worker.lifecycle,
-            worker.settings,
-            died=died,
-            room=worker.pipeline.memory.room,
-            posted=worker.telemetry.stream_posts.inc,
-        )
+        room, posted = worker.pipeline.memory.room, worker.telemetry.stream_posts.inc
+        context = loop.Context(runner, worker.lifecycle, worker.settings, died, room, posted)
         sdk.serve_queue(handler, concurrency, context)
 
 
@@ -163,8 +164,8 @@ class HttpMode(Mode):
         """Answer every request with the reason."""
         if self.server is None:
             raise error
-        refusal = self._enter_refusal(error)
-        self._run(self.worker.lifecycle.serve(refusal.ended(), self.worker.gate.drained, grace=0))
+        self._begin_refusal(error)
+        self._run(self.worker.lifecycle.serve(self._end_refusal(error), self.worker.gate.drained, grace=0))
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` in the server's loop."""
@@ -227,38 +228,3 @@ def attached_later(worker: Worker) -> App:
         await (await asyncio.shield(attaching))(scope, receive, send)
 
     return app
-
-
-class Refusal:
-    """Counts the jobs that are refused, and ends the worker after enough of them or enough time."""
-
-    def __init__(self, error: ConfigurationError, seconds: float = REFUSE_SECONDS, jobs: int = REFUSE_JOBS) -> None:
-        self._error = error
-        self._seconds = seconds
-        self._jobs = jobs
-        self._refused_enough = asyncio.Event()
-
-    async def ended(self) -> None:
-        """Wait until the worker shall end.
-
-        Raises:
-            ConfigurationError: always.
-        """
-        await race.first(self._refused_enough.wait(), asyncio.sleep(self._seconds))
-        raise self._error
-
-    def counting(self, handler: Handler) -> Handler:
-        """Return the handler; its jobs are counted."""
-
-        async def handle(job: Job) -> AsyncGenerator[Output, None]:
-            try:
-                async with aclosing(handler(job)) as outputs:
-                    async for output in outputs:
-                        yield output
-            finally:
-                # A caller that reads the job's error does not ask for another yield.
-                self._jobs -= 1
-                if self._jobs <= 0:
-                    self._refused_enough.set()
-
-        return handle

@@ -1,6 +1,6 @@
 """A worker whose engine is a scripted app that streams an event every 20 ms for ever. A script, with the real SDK.
 
-Everything between the app and the platform is the worker's own. The input `{"die": true}` kills the engine.
+Everything between the app and the platform is the worker's own. The input `{"die": true}` kills the engine after half a second.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ def main() -> None:
 
     async def engine(_scope: Any, receive: Receive, send: Send) -> None:
         if b'"die"' in (await receive())["body"]:
-            dead.set()
+            asyncio.get_running_loop().call_later(0.5, dead.set)
         leaving = asyncio.ensure_future(receive())
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

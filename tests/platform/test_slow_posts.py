@@ -66,6 +66,7 @@ def test_a_slow_stream_ends_when_the_engine_dies(post_delay: float) -> None:
 def test_the_engines_death_is_noticed_while_a_stopped_worker_waits() -> None:
     with streaming(0.0, DRAIN_SECONDS="30") as (server, worker, objects, text):
         dying = server.call(server.platform.submit, {"input": {"prompt": "x", "die": True}})
+        server.wait_until(lambda _: dying.status is Status.IN_PROGRESS)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(timeout=20) == 1
         server.wait_until(lambda _: dying.status is not Status.IN_PROGRESS)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from worker.errors import (
+    LOADING,
     BodyTooLargeError,
     BodyTooSlowError,
     BusyError,
@@ -15,6 +16,7 @@ from worker.errors import (
     MethodNotAllowedError,
     RouteNotFoundError,
     UnauthorizedError,
+    UnavailableError,
 )
 from worker.http import playground
 from worker.http.own_routes import OwnRoutes
@@ -58,8 +60,8 @@ class Gate:
         self._keys = [key.encode() for key in settings.worker_api_key]
         # The page needs no key, because it holds no secret. Its requests do.
         self._playground = playground.app("v1") if self._serves_engine and settings.playground else None
-        self._engine: App | None = None
-        self._answer: App | None = None
+        self._engine: App = _not_open
+        self._answer: App = _not_open
         self._capacity = 0
         self.running = 0
         """The number of requests that the engine has."""
@@ -114,9 +116,7 @@ class Gate:
         if self._lifecycle.state == "refused":
             raise self._lifecycle.error()
         self._check_route(method, path, is_preflight)
-        if self._engine is None or self._answer is None or self._lifecycle.state != "ready":
-            raise self._lifecycle.error()
-        self._check_load()
+        self._check_open()
         if is_preflight:
             # vLLM's CORS middleware answers what browsers ask before a request.
             return self._engine
@@ -145,7 +145,9 @@ class Gate:
         if not is_preflight:
             _check_method(method, expected, path)
 
-    def _check_load(self) -> None:
+    def _check_open(self) -> None:
+        if self._lifecycle.state != "ready":
+            raise self._lifecycle.error()
         if self.running >= self._capacity:
             raise BusyError(
                 f"The worker has {self.running} requests, as many as MAX_CONCURRENCY and MAX_QUEUE allow. "
@@ -154,10 +156,12 @@ class Gate:
 
     def _admit(self) -> None:
         """Count a request whose body is complete. Much may have happened since it began."""
-        if self._lifecycle.state != "ready":
-            raise self._lifecycle.error()
-        self._check_load()
+        self._check_open()
         self.running += 1
+
+
+async def _not_open(_scope: Message, _receive: Receive, _send: Send) -> None:
+    raise UnavailableError(LOADING)
 
 
 def _check_method(method: str, expected: str, path: str) -> None:

@@ -140,9 +140,10 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         """Ask for as many jobs as there are free places, for as long as the worker runs."""
         delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL, self._context.posted)
 
-        async def take() -> list[Job] | None:
+        async def take() -> list[Job]:
             free = await self._free_places()
-            return await _within(self.jobs_fetcher_timeout, self._take(session, free))
+            async with asyncio.timeout(self.jobs_fetcher_timeout):
+                return await self._take(session, free)
 
         async for jobs in _poll("job-take", take):
             for job in jobs:
@@ -154,8 +155,10 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
     async def monitor_stop_signals(self, session: aiohttp.ClientSession) -> None:
         """Cancel the jobs that the platform stops."""
 
-        async def listen() -> list[str] | None:
-            return await _within(self.stop_signals_fetcher_timeout, self.stop_signals_fetcher(session))
+        async def listen() -> list[str]:
+            async with asyncio.timeout(self.stop_signals_fetcher_timeout):
+                job_ids: list[str] = await self.stop_signals_fetcher(session)
+                return job_ids
 
         if rp_job._job_stop_url() is None:
             log.warning("The platform has no job-stop route: cancelled jobs run to their end")
@@ -244,22 +247,15 @@ def _jobs(body: bytes) -> list[Job]:
     return jobs
 
 
-async def _within(seconds: float, poll: Awaitable[list[T] | None]) -> list[T] | None:
-    """Return the result of a long poll; None if it takes longer than `seconds`."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await poll
-    except TimeoutError:
-        return None
-
-
-async def _poll(name: str, fetch: Callable[[], Awaitable[list[T] | None]]) -> AsyncIterator[list[T]]:
+async def _poll(name: str, fetch: Callable[[], Awaitable[list[T]]]) -> AsyncIterator[list[T]]:
     """Repeat a long poll for ever and yield its results. The pauses become longer while it fails."""
     backoff = Backoff(first=0.1, most=10.0)
     while True:
         asked = asyncio.get_running_loop().time()
         try:
             result = await fetch()
+        except TimeoutError:
+            result = []
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
             log.warning("%s failed: %s", name, _described(error))
             await asyncio.sleep(backoff.next())

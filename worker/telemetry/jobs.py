@@ -95,8 +95,8 @@ class Telemetry:
         self.registry = registry
         # Does nothing until vLLM has set up tracing.
         self._tracer = trace.get_tracer("worker")
-        self.running = 0
-        """Jobs that run or wait in the engine."""
+        self.running = self.ended = 0
+        """Jobs that run or wait, and jobs that have ended."""
         self.last_error: dict[str, Any] | None = None
         """The last job that failed through no fault of its caller: its request id, time and status."""
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
@@ -134,6 +134,7 @@ class Telemetry:
             yield record
         finally:
             self.running -= 1
+            self.ended += 1
             span.set_attributes({"request_id": request_id, "route": record.route, "outcome": record.outcome})
             span.end()
             self._report(record)
