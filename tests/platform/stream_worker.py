@@ -1,6 +1,6 @@
-"""A worker whose engine is a scripted app that streams an event every 20 ms for ever. A script, with the real SDK.
+"""A script: a queue worker with the real SDK, whose engine is an app that streams an event every 20 ms without end.
 
-Everything between the app and the platform is the worker's own. The input `{"die": true}` kills the engine after half a second.
+All other parts are the real ones. The input `{"die": true}` kills the engine after half a second.
 """
 
 import asyncio
@@ -27,11 +27,11 @@ def main() -> None:
     async def engine(_scope: Any, receive: Receive, send: Send) -> None:
         if b'"die"' in (await receive())["body"]:
             asyncio.get_running_loop().call_later(0.5, dead.set)
-        leaving = asyncio.ensure_future(receive())
+        disconnect = asyncio.ensure_future(receive())
         headers = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         number = 0
-        while not leaving.done():
+        while not disconnect.done():
             await send({"type": "http.response.body", "body": sse.event({"n": number}), "more_body": True})
             await asyncio.sleep(0.02)
             number += 1

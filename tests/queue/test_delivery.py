@@ -1,4 +1,4 @@
-"""How long a result is posted, against a session that fails as often as a test wants, on a virtual clock."""
+"""How often the worker tries to post a result, with a scripted HTTP session, on a virtual clock."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -13,7 +13,7 @@ from worker.queue.delivery import Delivery
 
 
 class Session:
-    """Fails `failures` times, each time after `seconds`, then accepts what it gets."""
+    """Fails `failures` times, each time after `seconds`, then accepts every post."""
 
     def __init__(self, failures: int, seconds: float) -> None:
         self.failures = failures
@@ -29,17 +29,18 @@ class Session:
         yield SimpleNamespace(status=200)
 
 
-def posts(failures: int, seconds: float = 0.0) -> int:
+def attempts(failures: int, seconds: float = 0.0) -> int:
+    """Return how many times the worker posts one result."""
     session: Any = Session(failures, seconds)
     sending = Delivery(session, "http://x/$ID?", "http://x/$ID?", lambda: None).done("job", {"output": []})
     run_on_virtual_clock(sending)
     return int(session.posts)
 
 
-def test_a_result_is_posted_after_the_worker_was_frozen() -> None:
-    assert posts(failures=1, seconds=600) == 2
+def test_a_result_is_posted_again_after_the_worker_was_suspended() -> None:
+    assert attempts(failures=1, seconds=600) == 2
 
 
-def test_a_result_that_nobody_accepts_is_given_up() -> None:
-    assert 10 < posts(failures=10**6) < 40
-    assert posts(failures=10**6, seconds=600) == delivery.DEADLINE_SECONDS / delivery.ATTEMPT_SECONDS
+def test_posting_stops_at_the_deadline() -> None:
+    assert 10 < attempts(failures=10**6) < 40
+    assert attempts(failures=10**6, seconds=600) == delivery.DEADLINE_SECONDS / delivery.ATTEMPT_SECONDS

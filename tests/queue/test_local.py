@@ -1,7 +1,6 @@
 """One job from a file or the command line."""
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from worker.queue import local
 from worker.queue.handler import Job, Output
 
 
-async def two(job: Job) -> AsyncGenerator[Output, None]:
+async def yields_two(job: Job) -> AsyncGenerator[Output, None]:
     yield f"one {job['input']}"
     yield {"two": 2, "error": None}
 
@@ -23,18 +22,18 @@ async def fails(_job: Job) -> AsyncGenerator[Output, None]:
 
 
 def test_the_output_lists_every_yield() -> None:
-    result = asyncio.run(local.run(two, {"id": "a", "input": 1}))
+    result = asyncio.run(local.run(yields_two, {"id": "a", "input": 1}))
     assert result == {"id": "a", "status": "COMPLETED", "output": ["one 1", {"two": 2, "error": None}]}
 
 
-def test_a_failed_job() -> None:
+def test_a_failed_job_has_its_error_and_no_output() -> None:
     assert asyncio.run(local.run(fails, {"id": "a", "input": 1})) == {"id": "a", "status": "FAILED", "error": "no"}
 
 
-def test_the_command_line_comes_first(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "test_input.json"
-    file.write_text('{"input": 1, "id": "mine"}')
-    assert local.read_job(None, file) == {"id": "mine", "input": 1}
+    file.write_text('{"input": 1, "id": "file-job"}')
+    assert local.read_job(None, file) == {"id": "file-job", "input": 1}
     assert local.read_job('{"input": 2}', file) == {"id": "local_test", "input": 2}
 
 
@@ -47,15 +46,15 @@ def test_the_command_line_comes_first(tmp_path: Path) -> None:
         pytest.param("", "--test_input is not valid JSON", id="empty"),
     ],
 )
-def test_mistakes(text: str, message: str) -> None:
+def test_an_invalid_job_is_a_configuration_error(text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         local.read_job(text)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"test_input\.json is not in the current folder"):
         local.read_job(None, tmp_path / "test_input.json")
 
 
-def test_the_file_of_the_repository_is_a_job() -> None:
-    assert json.dumps(local.read_job(None, Path(__file__).parents[2] / "test_input.json"))
+def test_the_repositorys_test_input_is_a_valid_job() -> None:
+    assert local.read_job(None, Path(__file__).parents[2] / "test_input.json")["input"]

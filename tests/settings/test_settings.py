@@ -127,8 +127,9 @@ def test_a_mistake_in_a_secret_does_not_reveal_it() -> None:
     assert "sk-very-secret" not in str(raised.value)
 
 
-def test_a_mistake_leaves_the_key_in_force_whatever_it_is_called() -> None:
-    settings, error = read_or_report({"VLLM_API_KEY": "key", "MAX_QUEUE": "x", "PORT": "80"})
+@pytest.mark.parametrize("mistake", [{"MAX_QUEUE": "x"}, {"PRESET": "x"}, {"VLLM_CONFIG_FILE": "/no/such/file"}])
+def test_a_mistake_leaves_the_key_in_force_whatever_it_is_called(mistake: dict[str, str]) -> None:
+    settings, error = read_or_report({"VLLM_API_KEY": "key", "PORT": "80", **mistake})
     assert error is not None
     assert (settings.worker_api_key, settings.mode) == (("key",), "http")
 

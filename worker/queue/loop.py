@@ -141,6 +141,8 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         delivery = Delivery(session, rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL, self._context.posted)
 
         async def take() -> list[Job]:
+            # The jobs that were just taken reserve the memory for their bodies first.
+            await asyncio.sleep(0.001)
             free = await self._free_places()
             async with asyncio.timeout(self.jobs_fetcher_timeout):
                 return await self._take(session, free)

@@ -52,7 +52,8 @@ class Settings(BaseModel):
     max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
     """The number of jobs to run at once. Default: twice the engine's `max_num_seqs`, at most 512."""
     request_timeout: float | None = Field(default=None, gt=0)
-    """Seconds after which a request is ended with an error. Default: no limit but the platform's own."""
+    """Seconds after its complete arrival at which a request is ended with an error. Default: only the platform's own
+    limit."""
     stream_batch_ms: float = Field(default=25.0, ge=0)
     """Milliseconds that a stream collects tokens before it sends them: this long at first, up to four times this long
     later. 0 sends each token at once."""
@@ -215,7 +216,8 @@ def read_or_report(environ: Mapping[str, str]) -> tuple[Settings, ConfigurationE
     Raises:
         ConfigurationError: even these few are wrong.
     """
-    variables = Variables(environ, {})
+    # Without the sources that may be wrong.
+    variables = sources.collect({**environ, "VLLM_CONFIG_FILE": "", "PRESET": "none"})
     try:
         variables = sources.collect(environ)
         return from_variables(variables), None
