@@ -2,12 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
 from worker.errors import Json
 from worker.request.asgi import App, Receive, Request, Send, exchange
@@ -58,15 +56,12 @@ async def call(app: App, path: str) -> tuple[int, Any]:
 
 
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[Worker]:
-    """A worker in HTTP mode with a scripted engine. Its metrics are removed from the global registry at the end."""
-    before = set(REGISTRY._collector_to_names)
+def worker(tmp_path: Path, clean_registry: None) -> Worker:  # noqa: ARG001
+    """A worker in HTTP mode with a scripted engine."""
     worker = Worker(Settings.model_validate({"worker_mode": "http"}), tmp_path / "cause.txt")
     engine: Any = ScriptedEngine(worker)
     worker._engine = engine
-    yield worker
-    for collector in set(REGISTRY._collector_to_names) - before:
-        REGISTRY.unregister(collector)
+    return worker
 
 
 def engine_of(worker: Worker) -> ScriptedEngine:
