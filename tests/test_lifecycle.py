@@ -68,7 +68,7 @@ def test_the_error_in_each_state(state: State, kind: type[JobError], message: st
     error = lifecycle.error()
     assert type(error) is kind
     assert message in str(error)
-    assert (error.http_status, error.headers.get("retry-after")) == (503, retry_after)
+    assert (error.status, error.headers.get("retry-after")) == (503, retry_after)
 
 
 @pytest.mark.parametrize("state", get_args(State))

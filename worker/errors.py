@@ -8,11 +8,7 @@ Json = dict[str, Any]
 Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]
 
 
-class WorkerError(Exception):
-    """Base of all errors whose message callers or operators may read."""
-
-
-class StartupError(WorkerError):
+class StartupError(Exception):
     """The worker cannot start or go on. Exit code 1: another attempt may succeed."""
 
     exit_code: ClassVar[int] = 1
@@ -31,11 +27,12 @@ class ConfigurationError(StartupError):
     exit_code: ClassVar[int] = 2
 
 
-class JobError(WorkerError):
+class JobError(Exception):
     """A request failed. The fields are those of OpenAI's error object, with the values that vLLM uses."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "InternalServerError"
+    status = 500
+    """The status of the HTTP response."""
+    type = "InternalServerError"
     headers: Mapping[str, str] = MappingProxyType({})
     """More headers for the HTTP response."""
 
@@ -56,11 +53,6 @@ class JobError(WorkerError):
     def body(self) -> Json:
         """Return the body of the HTTP response."""
         return {"error": self.error()}
-
-    @property
-    def http_status(self) -> int:
-        """The status of the HTTP response."""
-        return self.status
 
 
 class InvalidRequestError(JobError, status=400, type="BadRequestError"):
@@ -179,13 +171,13 @@ class JobTimeoutError(JobError, status=504, type="TimeoutError"):
         )
 
 
-class ResultTooLargeError(JobError, status=413):
-    """The result is larger than RunPod accepts."""
+class ResultRefusedError(JobError, status=413):
+    """RunPod does not accept the result, mostly because it is too large."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, status: int) -> None:
         super().__init__(
-            f"The result has {size / 1e6:.1f} MB, which is more than RunPod accepts. Use streaming, or ask for fewer "
-            "tokens or log probabilities."
+            f"RunPod refused the result of {size / 1e6:.1f} MB with HTTP {status}; it accepts at most 20 MB. Use "
+            "streaming, or ask for fewer tokens or log probabilities."
         )
 
 
@@ -211,18 +203,13 @@ class EngineResponseError(JobError):
     def __init__(self, status: int, body: Json) -> None:
         self._error = body["error"]
         super().__init__(str(self._error.get("message")), param=self._error.get("param"))
-        self._status = status
+        self.status = status
         self._body = body
 
     def error(self) -> Json:
         """Return the engine's error object, completed with the fields that Anthropic's format lacks."""
-        return {**super().error(), "code": self._status, **self._error}
+        return {**super().error(), **self._error}
 
     def body(self) -> Json:
         """Return the engine's body."""
         return self._body
-
-    @property
-    def http_status(self) -> int:
-        """The engine's status."""
-        return self._status if isinstance(self._status, int) else self.status

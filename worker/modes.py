@@ -69,11 +69,7 @@ class Mode(ABC):
         self.server: HttpServer | None = None
 
     def listen(self, stack: ExitStack) -> None:
-        """Open the ports for as long as the stack is open.
-
-        Raises:
-            ConfigurationError: a port cannot be opened.
-        """
+        """Open the ports for as long as the stack is open, or raise `ConfigurationError`."""
         for number in (signal.SIGTERM, signal.SIGINT):
             # Until the mode serves and handles them itself.
             signal.signal(number, lambda number, _: sys.exit(0 if self.stops_with_0 else 128 + number))
@@ -89,11 +85,7 @@ class Mode(ABC):
         """Answer requests until the worker is stopped; return the exit code."""
 
     def refuse(self, error: ConfigurationError) -> None:
-        """Tell every caller why the worker cannot start, until it is stopped or has done so for long enough.
-
-        Raises:
-            ConfigurationError: long enough; or there are no callers.
-        """
+        """Tell callers why the worker cannot start, until it is stopped. After some time, or without callers, raise."""
         raise error
 
     def _begin_refusal(self, error: ConfigurationError) -> None:

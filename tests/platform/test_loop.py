@@ -236,6 +236,14 @@ def test_the_worker_continues_after_a_response_that_is_cut_off(server: StandinSe
     assert set(final_statuses(server, *expected)) == {Status.COMPLETED}
 
 
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_a_job_fails_if_its_result_is_refused(server: StandinServer, status: int) -> None:
+    server.platform.behaviour.faults["done"] = [Fault(status=status)]
+    job = submit(server, {"count": 2})
+    assert final_statuses(server, job) == [Status.FAILED]
+    assert f"with HTTP {status}" in job.error
+
+
 def test_a_job_with_too_large_a_result_fails_with_advice(server: StandinServer) -> None:
     job = submit(server, {"size": 21_000_000})
     assert final_statuses(server, job) == [Status.FAILED]

@@ -26,7 +26,11 @@ class Session:
         if self.posts <= self.failures:
             await asyncio.sleep(self.seconds)
             raise aiohttp.ClientConnectionError
-        yield SimpleNamespace(status=200)
+        yield SimpleNamespace(status=200, read=_read)
+
+
+async def _read() -> bytes:
+    return b"{}"
 
 
 def attempts(failures: int, seconds: float = 0.0) -> int:

@@ -68,7 +68,7 @@ def add_handlers(app: Starlette) -> None:
 def _handler(default: Any) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(request: Request, error: Exception) -> Response:
         if (media_error := await asyncio.to_thread(_from_vllm, error)) is not None:
-            return JSONResponse(media_error.body(), media_error.http_status)
+            return JSONResponse(media_error.body(), media_error.status)
         response: Response = await default(request, error)
         return response
 

@@ -90,7 +90,7 @@ class Gate:
             try:
                 app = self._app_for(scope)
             except JobError as error:
-                self._telemetry.refused.labels(str(error.http_status)).inc()
+                self._telemetry.refused.labels(str(error.status)).inc()
                 return await send_error(client.send, error)
             if app is not self._answer:
                 return await app(scope, client.receive, client.send)

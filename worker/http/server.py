@@ -7,9 +7,9 @@ import threading
 import weakref
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import psutil
 import uvicorn
 import uvloop
 
@@ -104,25 +104,15 @@ class HttpServer:
 
 def _close_inherited() -> None:
     """Close the server's sockets in a forked child: its ports would stay taken, and its connections open."""
-    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        try:
-            inherited = socket.socket(fileno=descriptor)
-        except OSError:
-            continue
-        if inherited.family not in (socket.AF_INET, socket.AF_INET6):
-            inherited.detach()
-        inherited.close()
+    for connection in psutil.Process().net_connections("inet"):
+        os.close(connection.fd)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket()
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(2048)
+        return socket.create_server((host, port), backlog=2048)
     except OSError as error:
-        listener.close()
+        reason = os.strerror(error.errno or 0)
         raise ConfigurationError(
-            f"Port {port} cannot be opened: {error.strerror}. Choose another with PORT, PORT_HEALTH or METRICS_PORT."
+            f"Port {port} cannot be opened: {reason}. Choose another with PORT, PORT_HEALTH or METRICS_PORT."
         ) from None
-    return listener

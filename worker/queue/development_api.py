@@ -34,8 +34,3 @@ class DevelopmentAPI(rp_fastapi.WorkerAPI):  # type: ignore[misc]
         if webhook:
             threading.Thread(target=rp_fastapi._send_webhook, args=(webhook, result), daemon=True).start()
         return jsonable_encoder(result)  # type: ignore[no-any-return]
-
-
-def install() -> None:
-    """Have the SDK start this server instead of its own."""
-    rp_fastapi.WorkerAPI = DevelopmentAPI

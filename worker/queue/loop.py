@@ -70,7 +70,6 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         super().__init__(config)
         self._context = context
         self._lifecycle = context.lifecycle
-        self._retries_silent_jobs = context.settings.on_engine_death == "retry"
         self._silent: set[str] = set()
         self._is_receiving = False
         self._places: int = self.concurrency_modifier(1)
@@ -172,10 +171,12 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
     async def _free_places(self) -> int:
         """Wait for free places and return their number, as far as there is memory for the jobs' bodies."""
-        while (free := min(self._places - len(self.jobs_tasks), self._context.room())) <= 0 or self._is_closed():
+        while True:
+            free = min(self._places - len(self.jobs_tasks), self._context.room())
+            if free > 0 and not self._lifecycle.stopping.is_set() and self._lifecycle.state != "dead":
+                return free
             self._changed.clear()
             await self._changed.wait()
-        return free
 
     def _begin(self, job: Job, delivery: Delivery) -> None:
         if job["id"] in self.jobs_tasks:
@@ -189,7 +190,7 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
 
     def _ended(self, job_id: str, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            log.error("Job %s ends without a result", job_id, exc_info=error)
+            log.error("Job %s ends without a result:\n%s", job_id, frames(error))
         del self.jobs_tasks[job_id]
         self._silent.discard(job_id)
         self.job_progress.remove(job_id)
@@ -201,16 +202,14 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
         result: dict[str, Any] = {"output": outputs}
         async with aclosing(self.config["handler"](job)) as yields:
             async for output in yields:
+                if self._is_left_to_platform(job["id"]):
+                    return
                 if isinstance(output, dict) and output.get("error"):
                     result = {"error": output["error"]}
                     break
-                if self._is_left_to_platform(job["id"]):
-                    return
                 self._silent.discard(job["id"])
                 outputs.append(output)
                 await delivery.stream(job["id"], output)
-        if "error" in result and self._is_left_to_platform(job["id"]):
-            return
         await delivery.done(job["id"], result)
 
     async def _take(self, session: aiohttp.ClientSession, most: int) -> list[Job]:
@@ -226,12 +225,10 @@ class JobLoop(rp_scale.JobScaler):  # type: ignore[misc]
             # There is no `await` between here and the start of the jobs.
             self._is_receiving = False
 
-    def _is_closed(self) -> bool:
-        return self._lifecycle.stopping.is_set() or self._lifecycle.state == "dead"
-
     def _is_left_to_platform(self, job_id: str) -> bool:
         """Return whether the platform may retry a job, because it had no output when the engine died."""
-        return self._retries_silent_jobs and job_id in self._silent and self._lifecycle.state == "dead"
+        retries = self._context.settings.on_engine_death == "retry"
+        return retries and job_id in self._silent and self._lifecycle.state == "dead"
 
 
 def _jobs(body: bytes) -> list[Job]:
@@ -259,7 +256,9 @@ async def _poll(name: str, fetch: Callable[[], Awaitable[list[T]]]) -> AsyncIter
         except TimeoutError:
             result = []
         except (aiohttp.ClientError, OSError, ValueError, RecursionError) as error:
-            log.warning("%s failed: %s", name, _described(error))
+            # Without the URL, which contains the worker's key.
+            status = f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else None
+            log.warning("%s failed: %s", name, status or type(error).__name__)
             await asyncio.sleep(backoff.next())
             continue
         backoff.reset()
@@ -267,8 +266,3 @@ async def _poll(name: str, fetch: Callable[[], Awaitable[list[T]]]) -> AsyncIter
             yield result
         else:
             await asyncio.sleep(asked + INSTANT_SECONDS - asyncio.get_running_loop().time())
-
-
-def _described(error: Exception) -> str:
-    """Describe an error without its URL, which contains the worker's key."""
-    return f"HTTP {error.status}" if isinstance(error, aiohttp.ClientResponseError) else type(error).__name__

@@ -1,9 +1,10 @@
 """Starts the RunPod SDK's worker. Importing the SDK takes a second, so import this module only when it is needed."""
 
 import runpod
-from runpod.serverless.modules import rp_logger
+from runpod.serverless.modules import rp_fastapi, rp_logger
 
-from worker.queue import development_api, loop
+from worker.queue import loop
+from worker.queue.development_api import DevelopmentAPI
 from worker.queue.handler import Handler
 from worker.telemetry import logs
 
@@ -16,7 +17,7 @@ def serve_queue(handler: Handler, concurrency: int, context: loop.Context) -> No
 
 def serve_development_api(handler: Handler) -> None:
     """Run the SDK's test server on the port that the SDK's own command line options choose."""
-    development_api.install()
+    rp_fastapi.WorkerAPI = DevelopmentAPI
     start(handler, 1)
 
 

@@ -272,7 +272,7 @@ async def send_error(send: Send, error: JobError) -> None:
     body = json.dumps(error.body(), ensure_ascii=False).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.http_status, "headers": encoded})
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})
 
 
