@@ -118,7 +118,7 @@ class _Response:
         """Pass on a message of the app, unless the response is complete already."""
         if self._is_complete:
             return
-        if self._lifecycle.state == "dead" and self._is_server_error(message):
+        if self._is_server_error(message) and self._lifecycle.state == "dead":
             await self.fail(self._lifecycle.error())
             return
         if message["type"] == "http.response.start":
