@@ -3,7 +3,7 @@
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import runpod  # type: ignore[import-untyped, unused-ignore]
@@ -21,7 +21,7 @@ class EchoHandler:
         """Set when jobs with `hang` have to end, with `error()`."""
         self.error: Callable[[], object] = str
 
-    async def handle(self, job: dict[str, Any]) -> AsyncIterator[Any]:
+    async def handle(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """Do what the key of the input selects. `hang` runs until the job is stopped; `die` reports a dead engine."""
         match job.get("input"):
             case {"openai_route": str(route), **rest}:
@@ -73,13 +73,17 @@ def main(loop: str) -> None:
     handler = EchoHandler()
     if loop == "event":
         from worker.lifecycle import Lifecycle
-        from worker.queue.loop import Context, install
+        from worker.queue import sdk
+        from worker.queue.loop import Context
+        from worker.queue.places import Places
         from worker.settings import read
 
         lifecycle, settings = Lifecycle(), read({"DRAIN_SECONDS": "5", **os.environ})
         lifecycle.ready(handler.died.is_set)
         handler.over, handler.error = lifecycle.over, lifecycle.error
-        install(Context(asyncio.Runner(), lifecycle, settings, handler.died.wait, lambda: CONCURRENCY, lambda: None))
+        context = Context(lifecycle, settings, handler.died.wait, Places(CONCURRENCY, CONCURRENCY), lambda: None)
+        sdk.serve_queue(handler.handle, context, asyncio.Runner())
+        return
 
     # The SDK looks for a generator function, which a bound method of one is.
     runpod.serverless.start(

@@ -10,6 +10,7 @@ import pytest
 from worker.errors import Json
 from worker.request.asgi import App, Receive, Request, Send, exchange
 from worker.settings import Settings
+from worker.telemetry.usage import EngineLoad
 from worker.worker import Worker
 
 
@@ -31,11 +32,10 @@ class ScriptedEngine:
         self._record("describe")
         return {"served_names": ["tiny"]}
 
-    @property
-    def concurrency(self) -> int:
-        """`Worker.attach` reads this when it opens the gate."""
+    def load_now(self) -> EngineLoad:
+        """`Worker.attach` calls this when it opens the gate."""
         self._record("open the gate")
-        return 3
+        return EngineLoad(capacity=3)
 
     def _record(self, step: str) -> None:
         self.steps.append((step, self._worker.lifecycle.state))

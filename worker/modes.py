@@ -18,6 +18,8 @@ from worker.errors import ConfigurationError, StartupError
 from worker.http.server import HttpServer
 from worker.queue import local
 from worker.queue.handler import Handler, Job, JobHandler
+from worker.queue.loop import Context
+from worker.queue.places import Places
 from worker.request.asgi import App, Message, Receive, Send
 from worker.worker import Worker
 
@@ -115,7 +117,10 @@ class QueueMode(Mode):
             # Attached before the first ping and the first request for jobs, in the loop that serves.
             handler = JobHandler(runner.run(worker.attach()), worker.pipeline, worker.settings)
             with processes.exit_soon_after():
-                self._serve(runner, handler.handle, worker.concurrency, worker.engine.died)
+                engine, batch = worker.engine, worker.settings.job_batch_size
+                room = worker.pipeline.memory.room
+                places = Places(worker.concurrency, batch, engine.load_now, room, engine.reported)
+                self._serve(runner, handler.handle, places, engine.died)
         return 0
 
     def refuse(self, error: ConfigurationError) -> None:
@@ -123,15 +128,15 @@ class QueueMode(Mode):
         self._begin_refusal(error)
         handler = JobHandler(self.worker.own_routes.app, self.worker.pipeline, self.worker.settings)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            self._serve(runner, handler.handle, REFUSED_AT_ONCE, lambda: self._end_refusal(error))
+            places = Places(REFUSED_AT_ONCE, REFUSED_AT_ONCE)
+            self._serve(runner, handler.handle, places, lambda: self._end_refusal(error))
 
-    def _serve(self, runner: asyncio.Runner, handler: Handler, concurrency: int, died: Died) -> None:
-        from worker.queue import loop, sdk
+    def _serve(self, runner: asyncio.Runner, handler: Handler, places: Places, died: Died) -> None:
+        from worker.queue import sdk
 
         worker = self.worker
-        room, posted = worker.pipeline.memory.room, worker.telemetry.stream_posts.inc
-        context = loop.Context(runner, worker.lifecycle, worker.settings, died, room, posted)
-        sdk.serve_queue(handler, concurrency, context)
+        context = Context(worker.lifecycle, worker.settings, died, places, worker.telemetry.stream_posts.inc)
+        sdk.serve_queue(handler, context, runner)
 
 
 class HttpMode(Mode):

@@ -57,8 +57,8 @@ class Worker:
 
     @property
     def concurrency(self) -> int:
-        """The number of jobs to run at once."""
-        return self.settings.max_concurrency or self.engine.concurrency
+        """The most requests at once."""
+        return self.settings.concurrency(self.engine.load_now().capacity)
 
     def load(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Find the weights and load the engine. `meanwhile` runs in a thread while the engine's process loads.

@@ -11,6 +11,7 @@ from worker.lifecycle import Lifecycle
 from worker.queue import sdk
 from worker.queue.handler import JobHandler
 from worker.queue.loop import Context
+from worker.queue.places import Places
 from worker.request import sse
 from worker.request.asgi import Receive, Send
 from worker.request.pipeline import Pipeline
@@ -41,10 +42,9 @@ def main() -> None:
 
     lifecycle.ready(dead.is_set)
     handler = JobHandler(engine, pipeline, settings)
-    context = Context(
-        asyncio.Runner(), lifecycle, settings, died=died, room=pipeline.memory.room, posted=telemetry.stream_posts.inc
-    )
-    sdk.serve_queue(handler.handle, 4, context)
+    places = Places(4, 4, room=pipeline.memory.room)
+    context = Context(lifecycle, settings, died, places, telemetry.stream_posts.inc)
+    sdk.serve_queue(handler.handle, context, asyncio.Runner())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from runpod.serverless import worker as sdk_worker
-from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_scale
+from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_ping, rp_scale, worker_state
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.pooling.embed import api_router as embed
@@ -17,11 +17,12 @@ from vllm.entrypoints.pooling.scoring import api_router as scoring
 from vllm.entrypoints.serve.lora import api_router as lora
 from vllm.entrypoints.serve.utils import api_utils
 from vllm.inputs.engine import MultiModalInput
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.metrics.stats import RequestStateStats
+from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 
 from tests.support.tiny import MODEL, ROOT
 from worker import engine, settings
@@ -51,6 +52,9 @@ REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
     rp_job.handle_job: "849f93639768",
     rp_http._transmit: "fc9d60458af9",
     rp_http._handle_result: "ce88ccb812bc",
+    rp_ping.Heartbeat._send_ping: "9dea1914ce06",
+    worker_state.PingJobMirror.set: "a87b76b6a6a2",
+    worker_state.PingJobMirror.get: "c05957cd0508",
     rp_fastapi.WorkerAPI._sim_runsync: "703a0a5a142b",
     rp_fastapi.WorkerAPI._sim_status: "0b47c2c70560",
     rp_fastapi.WorkerAPI._sim_stream: "ff1f5a1637f8",
@@ -143,6 +147,9 @@ def test_the_engine_exposes_the_progress_of_a_request() -> None:
     assert "self.child_requests" in inspect.getsource(ParentRequest.__init__)
     attributes = set(re.findall(r"self\.(\w+)", inspect.getsource(RequestState.__init__)))
     assert {"prompt_len", "detokenizer", "lora_name", "stats", "queue"} <= attributes
+    reported = {"num_running_reqs", "num_waiting_reqs", "kv_cache_usage"}
+    assert reported <= SchedulerStats.__dataclass_fields__.keys()
+    assert {"engine_index", "scheduler_stats"} <= set(EngineCoreOutputs.__struct_fields__)
     times = {"arrival_time", "first_token_latency", "queued_ts", "scheduled_ts"}
     assert times <= RequestStateStats.__dataclass_fields__.keys()
     assert inspect.signature(IncrementalDetokenizer.num_output_tokens).parameters.keys() == {"self"}

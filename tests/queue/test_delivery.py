@@ -1,50 +1,196 @@
-"""How often the worker tries to post a result, with a scripted HTTP session, on a virtual clock."""
+"""How the platform's client and a job's delivery treat answers, with a scripted transport, on a virtual clock."""
 
 import asyncio
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
+import itertools
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import aiohttp
+import pytest
 
 from tests.support.clock import run_on_virtual_clock
-from worker.queue import delivery
 from worker.queue.delivery import Delivery
+from worker.queue.platform import FORGOTTEN_ANSWERS, JobLostError, Platform, Urls
+from worker.queue.transport import POST_SECONDS, Answer, NoAnswerError
+
+URLS = Urls("take?", "take-batch?", "stop?", "stream/$ID?", "done/$ID?")
+DEADLINE = 900.0
 
 
-class Session:
-    """Fails `failures` times, each time after `seconds`, then accepts every post."""
+class Script:
+    """A transport whose answers are the items of `answers`, each after `seconds`, and then always 200."""
 
-    def __init__(self, failures: int, seconds: float) -> None:
-        self.failures = failures
+    def __init__(self, *answers: int | Exception | Answer | None, seconds: float = 0.0) -> None:
+        self.answers: Iterator[Any] = iter(answers)
         self.seconds = seconds
-        self.posts = 0
+        self.posts: list[tuple[str, Any]] = []
+        self.polls: list[tuple[float, str]] = []
 
-    @asynccontextmanager
-    async def post(self, *_: Any, **__: Any) -> Any:
-        self.posts += 1
-        if self.posts <= self.failures:
-            await asyncio.sleep(self.seconds)
-            raise aiohttp.ClientConnectionError
-        yield SimpleNamespace(status=200, read=_read)
+    async def get(self, url: str, stopping: asyncio.Event | None = None) -> Answer | None:  # noqa: ARG002
+        self.polls.append((asyncio.get_running_loop().time(), url))
+        answer = next(self.answers, Answer(200))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if answer is None or isinstance(answer, Answer) else Answer(answer)
+
+    async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> int:  # noqa: ARG002
+        self.posts.append((url.partition("/")[0], json.loads(body)))
+        await asyncio.sleep(self.seconds)
+        answer = next(self.answers, 200)
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer)
+
+    def platform(self, stopping: asyncio.Event | None = None) -> Platform:
+        return Platform(self, URLS, stopping or asyncio.Event(), DEADLINE)
+
+    def deliver(self, *parts: Any) -> tuple[list[Any], list[Any]]:
+        """Deliver a job with these parts; return the posted parts and results."""
+
+        async def run() -> None:
+            delivery = Delivery(self.platform(), "job", lambda: None)
+            for part in parts:
+                await delivery.part(part)
+            await delivery.done()
+
+        run_on_virtual_clock(run())
+        return self.posted("stream"), self.posted("done")
+
+    def posted(self, route: str) -> list[Any]:
+        return [value for posted, value in self.posts if posted == route]
 
 
-async def _read() -> bytes:
-    return b"{}"
+AWAY = NoAnswerError("ClientConnectionError")
 
 
-def attempts(failures: int, seconds: float = 0.0) -> int:
-    """Return how many times the worker posts one result."""
-    session: Any = Session(failures, seconds)
-    sending = Delivery(session, "http://x/$ID?", "http://x/$ID?", lambda: None).done("job", {"output": []})
-    run_on_virtual_clock(sending)
-    return int(session.posts)
+def test_parts_and_result_are_posted_once_in_order() -> None:
+    parts, results = Script().deliver("a", "b")
+    assert (parts, results) == ([{"output": "a"}, {"output": "b"}], [{"output": ["a", "b"]}])
 
 
-def test_a_result_is_posted_again_after_the_worker_was_suspended() -> None:
-    assert attempts(failures=1, seconds=600) == 2
+@pytest.mark.parametrize("failure", [AWAY, 302, 408, 429, 500, 503])
+def test_a_post_is_repeated_while_the_platform_does_not_accept_it(failure: Any) -> None:
+    parts, results = Script(failure, failure, 200, failure, 200).deliver("a")
+    assert (len(parts), len(results)) == (3, 2)
 
 
-def test_posting_stops_at_the_deadline() -> None:
-    assert 10 < attempts(failures=10**6) < 40
-    assert attempts(failures=10**6, seconds=600) == delivery.DEADLINE_SECONDS / delivery.ATTEMPT_SECONDS
+def test_a_post_is_repeated_after_the_worker_was_frozen() -> None:
+    assert len(Script(AWAY, seconds=3600).deliver()[1]) == 2
+
+
+@pytest.mark.parametrize(("seconds", "attempts"), [(0.0, range(80, 150)), (POST_SECONDS, range(13, 16))])
+def test_a_job_is_lost_after_the_deadline(seconds: float, attempts: range) -> None:
+    script = Script(*[AWAY] * 1000, seconds=seconds)
+    with pytest.raises(JobLostError, match="DELIVERY_TIMEOUT=900"):
+        script.deliver("a")
+    assert len(script.posts) in attempts
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_after_a_refused_part_only_the_result_is_posted(status: int) -> None:
+    parts, results = Script(200, status).deliver("a", "b", "c")
+    assert parts == [{"output": "a"}, {"output": "b"}]
+    assert results == [{"output": ["a", "b", "c"]}]
+
+
+def test_a_part_that_is_too_large_ends_the_stream_without_being_posted() -> None:
+    large = "x" * 1_000_001
+    parts, results = Script().deliver("a", large, "b")
+    assert (parts, results) == ([{"output": "a"}], [{"output": ["a", large, "b"]}])
+
+
+def test_objects_are_posted_without_the_spaces_that_would_make_them_too_large() -> None:
+    chunks = [{"index": number} for number in range(60_000)]
+    assert len(json.dumps(chunks)) > 1_000_000 > len(json.dumps(chunks, separators=(",", ":")))
+    assert Script().deliver(chunks)[0] == [{"output": chunks}]
+
+
+@pytest.mark.parametrize("status", [400, 401, 413, 422])
+def test_a_refused_result_is_followed_by_an_error(status: int) -> None:
+    _, results = Script(200, status).deliver("a")
+    assert results[0] == {"output": ["a"]}
+    assert f"with HTTP {status}" in json.loads(results[1]["error"])["message"]
+
+
+def test_a_job_whose_error_is_refused_too_ends() -> None:
+    assert len(Script(200, 400, 400).deliver("a")[1]) == 2
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_job_that_the_platform_does_not_know_is_lost_after_some_answers(status: int) -> None:
+    script = Script(200, *[status] * 100)
+    with pytest.raises(JobLostError, match="does not know it"):
+        script.deliver("a", "b", "c")
+    assert len(script.posts) == 1 + FORGOTTEN_ANSWERS
+
+
+def test_one_answer_that_a_job_is_unknown_is_taken_for_a_mistake() -> None:
+    parts, results = Script(404, 404, 200).deliver("a")
+    assert (len(parts), len(results)) == (3, 1)
+
+
+def test_the_pauses_are_short_once_the_worker_is_stopped() -> None:
+    async def run() -> float:
+        stopping, clock = asyncio.Event(), asyncio.get_running_loop().time
+        platform = Script(*[AWAY] * 20).platform(stopping)
+        posting = asyncio.create_task(platform.done("job", {"output": []}))
+        await asyncio.sleep(60)
+        stopping.set()
+        began = clock()
+        await posting
+        return clock() - began
+
+    assert run_on_virtual_clock(run()) < 10
+
+
+def poll_times(*answers: Any, polls: int = 4, stops: bool = False) -> list[float]:
+    """Return the times of long polls that get these answers at once."""
+    script = Script(*answers)
+
+    async def run() -> None:
+        platform = script.platform()
+        for _ in range(polls):
+            await (platform.stops() if stops else platform.take(1, False))
+
+    run_on_virtual_clock(run())
+    return [at for at, _ in script.polls]
+
+
+def test_after_429_the_platform_is_asked_again_after_five_seconds() -> None:
+    assert poll_times(429, polls=2) == [0.0, 5.0]
+
+
+@pytest.mark.parametrize("failure", [AWAY, 500, Answer(200, b"<html>"), Answer(200, b'"text"')])
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_pauses_become_longer_while_polls_fail(failure: Any, stops: bool) -> None:
+    times = poll_times(*[failure] * 3, stops=stops)
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] >= 0.05
+
+
+def test_the_number_of_jobs_and_whether_the_worker_is_busy_are_in_the_url() -> None:
+    script = Script()
+
+    async def run() -> None:
+        await script.platform().take(1, False)
+        await script.platform().take(3, True)
+
+    run_on_virtual_clock(run())
+    assert [url for _, url in script.polls] == [
+        "take?&job_in_progress=0",
+        "take-batch?&batch_size=3&job_in_progress=1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "ids"),
+    [
+        pytest.param(b'{"jobsToStop": ["a", 7, "b"]}', ["a", "b"], id="ids"),
+        pytest.param(b'{"jobsToStop": []}', [], id="none"),
+        pytest.param(b'{"jobsToStop": "a"}', [], id="no list"),
+        pytest.param(b"[" * 100_000, [], id="nested too deeply"),
+    ],
+)
+def test_the_ids_of_stopped_jobs(body: bytes, ids: list[str]) -> None:
+    assert run_on_virtual_clock(Script(Answer(200, body)).platform().stops()) == ids

@@ -8,11 +8,13 @@ from typing import Any
 
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
+from vllm.v1.metrics.stats import SchedulerStats
 
 from worker.request.pace import Pace, current_pace
-from worker.telemetry.usage import EngineUsage, current_usage
+from worker.telemetry.usage import EngineLoad, EngineUsage, current_usage
 
 
 class Client(AsyncLLM):
@@ -38,24 +40,47 @@ class Client(AsyncLLM):
         return [state for state in states if state is not None]
 
 
-class Silence:
-    """How long the engine has had unfinished requests without sending anything, not even scheduler statistics."""
+class Monitor:
+    """What the engine reports with its outputs: that it is alive, and its load."""
 
     def __init__(self, client: AsyncLLM) -> None:
-        self.seconds = 0.0
+        self.silent_seconds = 0.0
+        """How long the engine has had unfinished requests without sending anything, not even statistics."""
+        self.reported = asyncio.Event()
+        """Set at every output. Whoever waits for it clears it."""
         self._client = client
-        get = client.engine_core.get_output_async
+        self._stats: dict[int, SchedulerStats] = {}
+        """The last statistics of each data-parallel engine."""
+        self._get = client.engine_core.get_output_async
+        client.engine_core.get_output_async = self._get_and_note
 
-        async def get_and_reset() -> Any:
-            outputs = await get()
-            self.seconds = 0.0
-            return outputs
-
-        client.engine_core.get_output_async = get_and_reset
+    async def _get_and_note(self) -> EngineCoreOutputs:
+        outputs: EngineCoreOutputs = await self._get()
+        self.silent_seconds = 0.0
+        if outputs.scheduler_stats:
+            self._stats[outputs.engine_index] = outputs.scheduler_stats
+        self.reported.set()
+        return outputs
 
     def add(self, seconds: float) -> None:
         """Count the seconds that have passed. A clock would also count the time while the whole worker is frozen."""
-        self.seconds = self.seconds + seconds if self._client.output_processor.has_unfinished_requests() else 0.0
+        unfinished = self._client.output_processor.has_unfinished_requests()
+        self.silent_seconds = self.silent_seconds + seconds if unfinished else 0.0
+
+    def load(self) -> EngineLoad:
+        """Return the engine's load. With DISABLE_LOG_STATS it is derived from the unfinished requests alone."""
+        config = self._client.vllm_config
+        capacity = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
+        # The engine reports nothing after an abort that leaves it without requests.
+        unfinished = self._client.output_processor.get_num_unfinished_requests()
+        if not self._stats:
+            running = min(unfinished, capacity)
+            return EngineLoad(capacity, running, unfinished - running)
+        stats = self._stats.values()
+        running = min(sum(each.num_running_reqs for each in stats), unfinished)
+        waiting = min(sum(each.num_waiting_reqs for each in stats), unfinished - running)
+        kv_cache = sum(each.kv_cache_usage for each in stats) / len(stats) if unfinished else 0.0
+        return EngineLoad(capacity, running, waiting, kv_cache)
 
 
 class _Collector(RequestOutputCollector):

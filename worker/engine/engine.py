@@ -17,13 +17,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from worker import race
 from worker.engine import media_errors, patches
 from worker.engine.arguments import changed
-from worker.engine.client import Silence
+from worker.engine.client import Monitor
 from worker.engine.connector import Guard
 from worker.engine.load import FirstCause, Work, load
 from worker.engine.startup_errors import translated
 from worker.errors import Json, StartupError
 from worker.request.asgi import App, Request, exchange
-from worker.settings.settings import MAX_CONCURRENCY, Settings
+from worker.settings import Settings
+from worker.telemetry.usage import EngineLoad
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Engine:
         self._client = client
         self._args = args
         self._settings = settings
-        self._silence = Silence(client)
+        self._monitor = Monitor(client)
         # With DISABLE_LOG_STATS the engine sends nothing while it reads a long prompt.
         self._stall_seconds = float("inf") if args.disable_log_stats else settings.engine_stall_timeout
         # Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead.
@@ -60,26 +61,28 @@ class Engine:
         return cls(load(args, settings, meanwhile, first_cause), args, settings)
 
     @property
-    def concurrency(self) -> int:
-        """The number of jobs to take at once: twice what the engine runs at once, so that some are always waiting."""
-        config = self._client.vllm_config
-        running = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
-        return min(2 * running, MAX_CONCURRENCY)
+    def reported(self) -> asyncio.Event:
+        """Set at every output of the engine. Whoever waits for it clears it."""
+        return self._monitor.reported
+
+    def load_now(self) -> EngineLoad:
+        """Return how many requests the engine runs, how many wait, and how full its KV cache is."""
+        return self._monitor.load()
 
     @property
     def is_dead(self) -> bool:
         """Whether the engine cannot answer any more."""
-        return self._liveness.should_exit or self._client.errored or self._silence.seconds > self._stall_seconds
+        return self._liveness.should_exit or self._client.errored or self._monitor.silent_seconds > self._stall_seconds
 
     async def died(self) -> None:
         """Wait until the engine is dead, or has been silent for ENGINE_STALL_TIMEOUT although requests wait."""
         while not self.is_dead:
             await asyncio.sleep(DEATH_CHECK_SECONDS)
-            self._silence.add(DEATH_CHECK_SECONDS)
+            self._monitor.add(DEATH_CHECK_SECONDS)
         # An engine that resumes after its silence stays dead: its requests have failed.
         self._liveness.should_exit = True
-        if self._silence.seconds > self._stall_seconds:
-            log.error("The engine has been silent for %.0f s while requests wait", self._silence.seconds)
+        if self._monitor.silent_seconds > self._stall_seconds:
+            log.error("The engine has been silent for %.0f s while requests wait", self._monitor.silent_seconds)
 
     async def attach(self) -> App:
         """Build vLLM's API as an ASGI app and test it. Call it once, in the loop that serves.

@@ -1,8 +1,9 @@
 """RunPod's handler: a job's input → one request through the pipeline → yields."""
 
+import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from worker.errors import EngineResponseError, JobError, Json, NotOfThisModelError, status_of
@@ -25,6 +26,8 @@ class JobHandler:
         self._app = pipeline.around(app)
         self._pipeline = pipeline
         self._settings = settings
+        self._streams = 0
+        """The number of streams that run."""
 
     async def handle(self, job: Job) -> AsyncGenerator[Output, None]:
         """Yield a job's output.
@@ -48,8 +51,8 @@ class JobHandler:
     async def _outputs(self, job_id: str, job_input: JobInput, form: StreamForm | None) -> AsyncGenerator[Output, None]:
         app, request = self._prepared(job_id, job_input)
         milliseconds = self._settings.stream_batch_ms
-        current_pace.set(Pace(milliseconds / 1000) if milliseconds else None)
-        async with exchange(app, request) as response:
+        current_pace.set(Pace(milliseconds / 1000, lambda: self._streams) if milliseconds else None)
+        async with exchange(app, request) as response, self._counted(form):
             if response.status >= 400:
                 raise _error(response.status, await response.read_all(), request.path)
             if not response.is_event_stream:
@@ -66,6 +69,14 @@ class JobHandler:
                         yield chunks
                     if error:
                         raise error
+
+    @asynccontextmanager
+    async def _counted(self, form: StreamForm | None) -> AsyncIterator[None]:
+        self._streams += form is not None
+        try:
+            yield
+        finally:
+            self._streams -= form is not None
 
     def _prepared(self, job_id: str, job_input: JobInput) -> tuple[App, Request]:
         """Return the app and the request for a job. The app for invalid input answers with the error."""
@@ -110,15 +121,21 @@ def _chunks(events: bytes) -> tuple[list[Any], EngineResponseError | None]:
 
 
 def _value(response: Response, body: bytes) -> Output:
-    """Return a body as JSON, or as text such as the metrics; for an empty body, its status.
+    """Return a body as JSON; text, such as the metrics, as it is; other data, such as embeddings, in base64.
+
+    An empty body becomes its status. The header `metadata` describes the data.
 
     Raises:
         EngineResponseError: the body is an error that was sent with status 200, as `/v1/responses` does.
     """
     if not body:
         return {"status": response.status}
-    if not response.headers.get("content-type", "").startswith("application/json"):
-        return body.decode()
+    content_type = response.headers.get("content-type", "")
+    if content_type.startswith("text/"):
+        return body.decode(errors="replace")
+    if not content_type.startswith("application/json"):
+        metadata = json.loads(response.headers.get("metadata", "null"))
+        return {"content_type": content_type, "metadata": metadata, "base64": base64.b64encode(body).decode()}
     value: Output = json.loads(body)
     if error := _engine_error(response.status, value):
         raise error

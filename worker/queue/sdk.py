@@ -1,18 +1,83 @@
-"""Starts the RunPod SDK's worker. Importing the SDK takes a second, so import this module only when it is needed."""
+"""Starts the RunPod SDK's worker. Importing the SDK takes a second, so import this module only when it is needed.
 
+The SDK provides the URLs, the authorization, the ping process and its list of running jobs. Its job loop is replaced.
+tests/project/test_drift.py checks what this module relies on.
+"""
+
+import asyncio
+import bisect
+import itertools
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
 import runpod
-from runpod.serverless.modules import rp_fastapi, rp_logger
+from runpod.http_client import get_auth_header
+from runpod.serverless.modules import rp_fastapi, rp_http, rp_job, rp_logger, rp_scale, worker_state
 
-from worker.queue import loop
 from worker.queue.development_api import DevelopmentAPI
 from worker.queue.handler import Handler
+from worker.queue.loop import Context, JobLoop
+from worker.queue.platform import Platform, Urls
+from worker.queue.transport import HttpTransport
 from worker.telemetry import logs
 
+PINGED_BYTES = 7000
+"""The most bytes of job ids in the URL of a ping. Several proxies accept 8 KB of URL."""
 
-def serve_queue(handler: Handler, concurrency: int, context: loop.Context) -> None:
-    """Answer jobs from RunPod's queue, `concurrency` at once, until the worker is stopped or cannot go on."""
-    loop.install(context)
-    start(handler, concurrency)
+
+def serve_queue(handler: Handler, context: Context, runner: asyncio.Runner) -> None:
+    """Answer jobs from RunPod's queue in the runner's loop, until the worker is stopped or cannot go on."""
+
+    def scaler(_config: dict[str, Any]) -> SimpleNamespace:
+        return SimpleNamespace(start=lambda: runner.run(_serve(handler, context)))
+
+    rp_scale.JobScaler = scaler
+    worker_state.PingJobMirror = PingedJobs
+    start(handler, context.places.most)
+
+
+async def _serve(handler: Handler, context: Context) -> None:
+    stopping = context.lifecycle.stopping
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers=get_auth_header()) as session:
+        transport = HttpTransport(session)
+        platform = Platform(transport, _urls(), stopping, context.settings.delivery_timeout)
+        await JobLoop(handler, platform, worker_state.JobsProgress(), context).run()
+
+
+def _urls() -> Urls:
+    take = rp_job.JOB_GET_URL
+    return Urls(
+        take=take,
+        take_batch=take.replace("/job-take/", "/job-take-batch/"),
+        stop=rp_job._job_stop_url(),
+        stream=rp_http.JOB_STREAM_URL,
+        done=rp_http.JOB_DONE_URL,
+    )
+
+
+class PingedJobs(worker_state.PingJobMirror):  # type: ignore[misc]
+    """The ids of running jobs, for the ping process: each time as many as fit into a URL, the others the next times.
+
+    RunPod has been seen to give a job to another worker when it was in no ping for about 40 s.
+    """
+
+    _last = ""
+
+    def get(self) -> str | None:
+        """Return ids, separated by commas. The ping process calls this once for each ping."""
+        ids = sorted(filter(None, (super().get() or "").split(",")))
+        start = bisect.bisect(ids, self._last)
+        ids = [*ids[start:], *ids[:start]]
+        # A comma takes three bytes in a URL.
+        sizes = itertools.accumulate(len(job_id) + 3 for job_id in ids)
+        chosen = [job_id for job_id, size in zip(ids, sizes, strict=True) if size <= PINGED_BYTES]
+        self._last = chosen[-1] if chosen else ""
+        return ",".join(chosen) or None
 
 
 def serve_development_api(handler: Handler) -> None:

@@ -3,18 +3,25 @@
 Tokens that are generated while a stream waits become one part, so a fast stream costs no more than a slow one.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
+
+STREAMS = 32
+"""So many streams add the shortest window to the longest one."""
+LONGEST = 4
+"""How many times the shortest window the longest one is at most."""
 
 
 class Pace:
-    """The pace of one stream: the first part at once, then after windows of 1, 2, 4, 4, 4 … times `shortest` seconds.
+    """The pace of one stream: the first part at once, then after windows of 1, 2, 4, … times `shortest` seconds.
 
-    A reader notices a delay in the first words and none in the tenth line.
+    A reader notices a delay in the first words and none in the tenth line. How long the windows become follows the
+    number of `streams` that run: up to `shortest` for one, four times that for 96 and more.
     """
 
-    def __init__(self, shortest: float) -> None:
-        self._window = shortest
-        self._longest = 4 * shortest
+    def __init__(self, shortest: float, streams: Callable[[], int] = lambda: 1) -> None:
+        self._shortest = self._window = shortest
+        self._streams = streams
         self._due = float("-inf")
 
     def wait(self, now: float) -> float:
@@ -23,8 +30,10 @@ class Pace:
 
     def sent(self, now: float) -> None:
         """Note that a part was sent."""
+        longest = self._shortest * min(1 + self._streams() / STREAMS, LONGEST)
+        self._window = min(self._window, longest)
         self._due = now + self._window
-        self._window = min(2 * self._window, self._longest)
+        self._window *= 2
 
 
 current_pace: ContextVar[Pace | None] = ContextVar("current_pace", default=None)

@@ -31,6 +31,10 @@ def _to(name: str) -> Translation:
     return lambda value: {name: value}
 
 
+def _engine_death(value: str) -> dict[str, str]:
+    return {"UNFINISHED_JOBS": "leave" if value.strip().lower() == "retry" else value}
+
+
 def _structured(value: str) -> dict[str, str]:
     backend = value.partition(":")[0].replace("lm-format-enforcer", "guidance")
     return {"STRUCTURED_OUTPUTS_CONFIG": json.dumps({"backend": backend})}
@@ -48,6 +52,7 @@ TRANSLATED: Mapping[str, Translation] = MappingProxyType(
     {
         "GUIDED_DECODING_BACKEND": _structured,
         "TASK": _task,
+        "ON_ENGINE_DEATH": _engine_death,
         "SPECULATIVE_MODEL": _to("SPEC_MODEL"),
         "NUM_SPECULATIVE_TOKENS": _to("SPEC_TOKENS"),
         "OPENAI_RESPONSE_ROLE": _to("RESPONSE_ROLE"),

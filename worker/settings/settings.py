@@ -15,6 +15,7 @@ from worker.settings.libraries import Libraries
 from worker.settings.sources import DEFAULT_MODEL, Variables
 
 MAX_CONCURRENCY = 512
+QUEUE_CONCURRENCY = 250
 MINIMAL = (
     "MODEL_NAME", "WORKER_MODE", "RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_POD_ID", "PORT", "PORT_HEALTH", "METRICS_PORT",
     "WORKER_API_KEY", "STARTUP_FAILURE", "LOG_FORMAT",
@@ -50,13 +51,19 @@ class Settings(BaseModel):
     skip_fit_check: Boolean = False
     """Load the model even if the worker's estimate says that it does not fit into GPU memory."""
     max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
-    """The number of jobs to run at once. Default: twice the engine's `max_num_seqs`, at most 512."""
+    """The most requests at once. Default: twice the engine's `max_num_seqs`, but at most 512 over HTTP, and 250 from
+    the queue."""
+    job_batch_size: int = Field(default=16, ge=1)
+    """The most jobs that a worker asks the queue for at once, and that may wait in it until the engine begins them."""
+    delivery_timeout: float = Field(default=900.0, gt=0)
+    """Seconds for which a part or a result is posted again while RunPod does not accept it. Then the job is
+    cancelled."""
     request_timeout: float | None = Field(default=None, gt=0)
     """Seconds after its complete arrival at which a request is ended with an error. Default: only the platform's own
     limit."""
     stream_batch_ms: float = Field(default=25.0, ge=0)
-    """Milliseconds that a stream collects tokens before it sends them: this long at first, up to four times this long
-    later. 0 sends each token at once."""
+    """Milliseconds that a stream from the queue collects tokens before it sends them: this long while few streams run,
+    up to four times as long while many do. 0 sends each token at once."""
     worker_mode: Annotated[Literal["auto", "queue", "http", "local"], Lowercase] = "auto"
     """How requests arrive. `auto`: from RunPod's queue if RunPod set one up, over HTTP if `PORT` is set, else one
     local job."""
@@ -112,8 +119,9 @@ class Settings(BaseModel):
     drain_seconds: float | None = Field(default=None, ge=0)
     """Seconds that running requests get to finish when the worker is stopped. Default: 2.5 for the queue, 30 for
     HTTP."""
-    on_engine_death: Annotated[Literal["fail", "retry"], Lowercase] = "fail"
-    """What happens to a job without any output when the engine dies: `fail` it, or leave it to RunPod to `retry`."""
+    unfinished_jobs: Annotated[Literal["fail", "leave"], Lowercase] = "fail"
+    """What happens to a queue job without any output when the worker has to stop, or its engine dies: `fail` it, or
+    `leave` it to RunPod, which may give it to another worker. Jobs with output always fail."""
     engine_stall_timeout: float = Field(default=300.0, gt=0)
     """Seconds without any sign of life after which an engine with requests counts as dead."""
     startup_failure: Annotated[Literal["report", "exit"], Lowercase] = "report"
@@ -191,6 +199,11 @@ class Settings(BaseModel):
             return self.drain_seconds
         # RunPod has been seen to remove a queue worker's container after three seconds.
         return 30.0 if self.mode == "http" else 2.5
+
+    def concurrency(self, capacity: int) -> int:
+        """Return the most requests at once for an engine that runs `capacity` at once."""
+        limit = QUEUE_CONCURRENCY if self.mode == "queue" else MAX_CONCURRENCY
+        return self.max_concurrency or min(2 * capacity, limit)
 
     @property
     def otlp_traces_endpoint(self) -> str | None:

@@ -30,6 +30,19 @@ class EngineUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine does, according to its last report."""
+
+    capacity: int = 1_000_000
+    """The most requests that it runs at once."""
+    running: int = 0
+    waiting: int = 0
+    """Requests that wait to be scheduled."""
+    kv_cache: float = 0.0
+    """The share of the KV cache in use, from 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """One download of media."""
 
