@@ -9,10 +9,22 @@ from typing import Any, TypeAlias
 from worker.http.playground import page
 
 from . import client_api, worker_api
-from .behaviour import RouteKind
+from .behaviour import POSTS, RouteKind
 from .openai_proxy import openai
 from .platform import Platform, UnknownJobError
-from .wire import AsgiApp, CutReply, DisconnectedError, HttpError, PlainReply, Receive, Reply, Request, Send, json_reply
+from .wire import (
+    AsgiApp,
+    CutReply,
+    DisconnectedError,
+    HttpError,
+    LateReply,
+    PlainReply,
+    Receive,
+    Reply,
+    Request,
+    Send,
+    json_reply,
+)
 
 Handler: TypeAlias = Callable[[Platform, Request], Awaitable[Reply]]
 
@@ -64,7 +76,8 @@ def create_app(platform: Platform) -> AsgiApp:
         request = Request(scope, receive, path)
         try:
             reply = await _reply(platform, verb, request)
-            await reply.send(send)
+            delay = request.fault.answer_delay
+            await (LateReply(reply, delay) if delay else reply).send(send)
         except DisconnectedError:
             return
         finally:
@@ -80,6 +93,8 @@ async def _reply(platform: Platform, verb: str, request: Request) -> Reply:
             return await route.handler(platform, request)
         if platform.behaviour.is_away:
             await request.reset()
+        if route.kind in POSTS:
+            platform.records.post_connections.add(request.client)
         request.fault = platform.behaviour.next_fault(route.kind)
         return await _with_fault(platform, route.handler, request)
     except UnknownJobError as error:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 RouteKind = Literal["take", "stop", "stream", "done", "ping"]
+POSTS: frozenset[RouteKind] = frozenset({"stream", "done"})
+"""The routes on which a worker posts parts and results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,10 +13,12 @@ class Fault:
     """A fault to inject into one request of the worker. `Fault()` is no fault.
 
     `status` (with `body`) or a `reset` of the connection replaces the platform's answer. The request then has no
-    effect, unless `handled` is set. `delay` is in seconds.
+    effect, unless `handled` is set. `delay` and `answer_delay` are in seconds.
     """
 
     delay: float = 0.0
+    answer_delay: float = 0.0
+    """The answer's status and headers are sent at once, and its body this much later."""
     status: int | None = None
     body: bytes = b""
     reset: bool = False
@@ -54,6 +58,10 @@ class Behaviour:
     execution_timeout: float = 600.0
     post_delay: float = 0.0
     """How long each post of a part or of a result takes."""
+    answer_delay: float = 0.0
+    """How long after its status and headers the body of each answer to such a post is sent."""
+    repeat_stops: bool = False
+    """Whether job-stop names a job again and again, at once, after it has named it."""
     is_away: bool = False
     """Whether every request of the worker is answered with a connection reset, as if the platform were down."""
     api_key: str | None = None
@@ -61,10 +69,13 @@ class Behaviour:
     run_limit: int = 10_000_000
     runsync_limit: int = 20_000_000
     stream_post_limit: int = 1_000_000
+    done_post_limit: int | None = None
+    done_refusal_status: int = 400
+    """Answer to a result over `done_post_limit`. RunPod sends 400; 413 was seen as well."""
     faults: dict[RouteKind, list[Fault]] = field(default_factory=dict)
     """Faults for the next requests of each kind, in order. Long polls that are already waiting are not affected."""
 
     def next_fault(self, kind: RouteKind) -> Fault:
         if script := self.faults.get(kind):
             return script.pop(0)
-        return Fault(delay=self.post_delay) if kind in ("stream", "done") and self.post_delay else NO_FAULT
+        return Fault(delay=self.post_delay, answer_delay=self.answer_delay) if kind in POSTS else NO_FAULT

@@ -59,12 +59,13 @@ def _summary(job: Job) -> dict[str, str]:
 
 
 async def records(platform: Platform, _: Request) -> Reply:
-    """Numbers of posts by the worker, for benchmarks in another process. RunPod has no such route."""
+    """Numbers of posts and connections of the workers, for benchmarks in another process. RunPod has no such route."""
     records = platform.records
     return json_reply(
         {
             "stream_posts": records.stream_posts,
             "done_posts": records.done_posts,
+            "post_connections": len(records.post_connections),
             "duplicate_dones": len(records.duplicate_dones),
             "late_streams": len(records.late_streams),
         }

@@ -33,6 +33,8 @@ class Platform:
         self.behaviour = behaviour or Behaviour()
         self.endpoint = endpoint
         self.jobs: dict[str, Job] = {}
+        self.forgotten: set[str] = set()
+        """Ids of jobs that `forget` removed. Posts for them raise `UnknownJobError`."""
         self.queue: deque[Job] = deque()
         self.records = Records()
         self.retried = 0
@@ -70,8 +72,7 @@ class Platform:
         """Queue the job again if it failed or timed out."""
         if job.status in (Status.FAILED, Status.TIMED_OUT):
             self.retried += 1
-            job.reset()
-            self._enqueue(job)
+            self.give_again(job)
 
     def purge(self) -> int:
         """Cancel all queued jobs and return their number."""
@@ -83,7 +84,7 @@ class Platform:
     def health(self) -> dict[str, dict[str, int]]:
         status = Counter(job.status for job in self.jobs.values())
         running = {job.worker for job in self.jobs.values() if job.status is Status.IN_PROGRESS}
-        ready = {take.worker for take in self.records.takes}
+        ready = self.ready_workers()
         pinging = {ping.worker for ping in self.records.pings}
         return {
             "jobs": {
@@ -102,6 +103,32 @@ class Platform:
                 "unhealthy": 0,
             },
         }
+
+    def ready_workers(self) -> set[str]:
+        """The workers that have asked for a job."""
+        return {take.worker for take in self.records.takes}
+
+    # ---- For tests
+
+    def jobs_per_worker(self) -> Counter[str]:
+        """The number of jobs that each worker has taken. A job that was given again counts for its last worker."""
+        return Counter(job.worker for job in self.jobs.values() if job.worker is not None)
+
+    def give_again(self, job: Job) -> None:
+        """Queue a running or ended job again. A worker that still runs it gets no stop signal."""
+        if job.status is not Status.IN_QUEUE:
+            self._clear_deadline(job)
+            job.reset()
+            self._enqueue(job)
+
+    def forget(self, job: Job) -> None:
+        """Remove the job. A worker that runs it gets no stop signal. Clients that wait for it see it cancelled."""
+        del self.jobs[job.id]
+        self.forgotten.add(job.id)
+        if job.status is Status.IN_QUEUE:
+            self.queue.remove(job)
+        if not job.ended:
+            self._end(job, Status.CANCELLED)
 
     # ---- Requests of workers
 
@@ -132,14 +159,19 @@ class Platform:
 
     async def stop_signals(self, worker: str) -> list[str]:
         """Return the ids of jobs that the worker must stop, or an empty list after `stop_hold` seconds."""
-        job_ids = await self._stop_mailbox(worker).collect(self.behaviour.stop_hold)
+        mailbox = self._stop_mailbox(worker)
+        job_ids = await mailbox.collect(self.behaviour.stop_hold)
         self.records.stop_signals.extend(job_ids)
+        if self.behaviour.repeat_stops:
+            for job_id in job_ids:
+                mailbox.put(job_id)
+        self._changed.fire()
         return job_ids
 
     def post_chunk(self, job_id: str, output: Json) -> None:
         self.records.stream_posts += 1
-        job = self.jobs.get(job_id)
-        if job is None or job.ended:
+        job = self._unfinished(job_id)
+        if job is None:
             self.records.late_streams.append(job_id)
             return
         job.add_chunk(output)
@@ -148,8 +180,8 @@ class Platform:
     def post_result(self, job_id: str, result: Mapping[str, Json]) -> None:
         self.records.done_posts += 1
         self.records.refreshes += bool(result.get("stopPod"))
-        job = self.jobs.get(job_id)
-        if job is None or job.ended:
+        job = self._unfinished(job_id)
+        if job is None:
             self.records.duplicate_dones.append(job_id)
             self._changed.fire()
             return
@@ -159,6 +191,13 @@ class Platform:
     def ping(self, ping: Ping) -> None:
         self.records.pings.append(ping)
         self._changed.fire()
+
+    def _unfinished(self, job_id: str) -> Job | None:
+        if job_id in self.forgotten:
+            self._changed.fire()
+            raise UnknownJobError(job_id)
+        job = self.jobs.get(job_id)
+        return None if job is None or job.ended else job
 
     # ---- Transitions of jobs
 
@@ -194,9 +233,14 @@ class Platform:
         self._dispatch()
 
     def _set_deadline(self, job: Job, seconds: float) -> None:
+        self._clear_deadline(job)
+        job.timer = asyncio.get_running_loop().call_later(seconds, self._interrupt, job, Status.TIMED_OUT)
+
+    @staticmethod
+    def _clear_deadline(job: Job) -> None:
         if job.timer is not None:
             job.timer.cancel()
-        job.timer = asyncio.get_running_loop().call_later(seconds, self._interrupt, job, Status.TIMED_OUT)
+            job.timer = None
 
     def _interrupt(self, job: Job, status: Status) -> None:
         if job.ended:
@@ -208,9 +252,7 @@ class Platform:
         self._end(job, status)
 
     def _end(self, job: Job, status: Status, output: Json = None, error: Json = None) -> None:
-        if job.timer is not None:
-            job.timer.cancel()
-            job.timer = None
+        self._clear_deadline(job)
         job.end(status, self.now(), output, error)
         self._changed.fire()
 

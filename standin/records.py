@@ -1,4 +1,4 @@
-"""Records of the worker's requests, for tests and benchmarks to check."""
+"""Records of the workers' requests, for tests and benchmarks to check."""
 
 from dataclasses import dataclass, field
 
@@ -31,12 +31,14 @@ class Records:
     takes: list[Take] = field(default_factory=list)
     stream_posts: int = 0
     done_posts: int = 0
+    post_connections: set[tuple[str, int]] = field(default_factory=set)
+    """The TCP connections on which chunks and results were posted, as addresses and ports of the workers."""
     duplicate_dones: list[str] = field(default_factory=list)
     """Results for a job that is unknown or had already ended."""
     late_streams: list[str] = field(default_factory=list)
     """Chunks for a job that is unknown or had already ended."""
     oversized_posts: list[str] = field(default_factory=list)
-    """Chunks that were refused because of their size."""
+    """Chunks and results that were refused because of their size."""
     stop_signals: list[str] = field(default_factory=list)
     """Jobs that job-stop returned to a worker."""
     refreshes: int = 0

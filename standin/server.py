@@ -89,6 +89,21 @@ class StandinServer:
 
         self.call(drop)
 
+    def outage(self, seconds: float) -> Future[None]:
+        """Reset every connection now, and every request of the workers for `seconds`. Return at once.
+
+        The returned future is done when the outage ends. Outages must not overlap.
+        """
+        behaviour = self.platform.behaviour
+        behaviour.is_away = True
+        self.drop_connections()
+
+        async def end() -> None:
+            await asyncio.sleep(seconds)
+            behaviour.is_away = False
+
+        return self.start(end())
+
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `function` in the platform's event loop and return its result."""
 

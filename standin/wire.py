@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
@@ -17,6 +18,7 @@ AsgiApp: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitab
 T = TypeVar("T")
 
 RESET_EXTENSION = "standin.reset"
+TOO_LARGE = 413
 
 
 class DisconnectedError(Exception):
@@ -39,6 +41,8 @@ class Request:
         self.scope = scope
         self.path = path
         self.method: str = scope["method"]
+        self.client: tuple[str, int] = scope["client"]
+        """Address and port of the client, which identify the connection."""
         self.fault: Fault = NO_FAULT
         self._receive = receive
         self._watcher: asyncio.Task[None] | None = None
@@ -67,7 +71,7 @@ class Request:
         if not body:
             return None
         if limit is not None and len(body) > limit:
-            raise HttpError(413, f"The body has {len(body)} bytes. The limit is {limit} bytes.")
+            raise HttpError(TOO_LARGE, f"The body has {len(body)} bytes. The limit is {limit} bytes.")
         try:
             value = json.loads(body)
         except ValueError as error:
@@ -161,6 +165,24 @@ class CutReply:
             await self.request.reset()
 
         await self.reply.send(send_half)
+
+
+@dataclass(frozen=True, slots=True)
+class LateReply:
+    """A reply whose status and headers are sent at once, and its body `delay` seconds later."""
+
+    reply: Reply
+    delay: float
+
+    async def send(self, send: Send) -> None:
+        async def send_late(message: Message) -> None:
+            if message.get("body"):
+                # Only the server cancels a reply, when it closes.
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(self.delay)
+            await send(message)
+
+        await self.reply.send(send_late)
 
 
 @dataclass(frozen=True, slots=True)

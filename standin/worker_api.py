@@ -1,8 +1,9 @@
 """The routes that workers call."""
 
+from .jobs import Json
 from .platform import Platform
 from .records import Ping, Take
-from .wire import HttpError, PlainReply, Reply, Request, json_reply
+from .wire import TOO_LARGE, HttpError, PlainReply, Reply, Request, json_reply
 
 ACCEPTED = PlainReply(200, b"{}")
 
@@ -36,20 +37,29 @@ async def stop(platform: Platform, request: Request) -> Reply:
 
 
 async def stream(platform: Platform, request: Request) -> Reply:
-    job_id = _job_id(request)
-    try:
-        chunk = await request.json(limit=platform.behaviour.stream_post_limit)
-    except HttpError as error:
-        if error.status == 413:
-            platform.records.oversized_posts.append(job_id)
-        raise
-    platform.post_chunk(job_id, chunk.get("output"))
+    chunk = await _posted(platform, request, platform.behaviour.stream_post_limit)
+    platform.post_chunk(_job_id(request), chunk.get("output"))
     return ACCEPTED
 
 
 async def done(platform: Platform, request: Request) -> Reply:
-    platform.post_result(_job_id(request), await request.json())
+    behaviour = platform.behaviour
+    result = await _posted(platform, request, behaviour.done_post_limit, behaviour.done_refusal_status)
+    platform.post_result(_job_id(request), result)
     return ACCEPTED
+
+
+async def _posted(
+    platform: Platform, request: Request, limit: int | None, refusal_status: int = TOO_LARGE
+) -> dict[str, Json]:
+    """The body of a post. A body over the limit is recorded, and refused with `refusal_status`."""
+    try:
+        return await request.json(limit)
+    except HttpError as error:
+        if error.status != TOO_LARGE:
+            raise
+        platform.records.oversized_posts.append(_job_id(request))
+        raise HttpError(refusal_status, error.reason) from error
 
 
 async def ping(platform: Platform, request: Request) -> Reply:

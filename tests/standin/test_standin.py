@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -322,6 +322,18 @@ def test_a_chunk_over_the_limit_is_refused_and_recorded(direct: DirectCalls) -> 
     assert direct.server.platform.records.oversized_posts == [job_id]
 
 
+@pytest.mark.parametrize("status", [400, 413])
+def test_a_result_over_the_limit_is_refused_and_recorded(direct: DirectCalls, status: int) -> None:
+    behaviour = direct.server.platform.behaviour
+    behaviour.done_post_limit, behaviour.done_refusal_status = len('{"output": "xx"}'), status
+    job_id = direct.run()
+    direct.take()
+    assert direct.send("done", job_id, '{"output": "xxx"}').status_code == status
+    assert direct.get(f"status/{job_id}")["status"] == "IN_PROGRESS"
+    assert direct.send("done", job_id, '{"output": "xx"}').status_code == 200
+    assert direct.server.platform.records.oversized_posts == [job_id]
+
+
 def test_chunks_and_results_of_ended_jobs_are_recorded(direct: DirectCalls) -> None:
     job_id = direct.run()
     direct.take()
@@ -331,6 +343,66 @@ def test_chunks_and_results_of_ended_jobs_are_recorded(direct: DirectCalls) -> N
     direct.send("done", "unknown", '{"output": []}')
     assert direct.server.platform.records.late_streams == [job_id]
     assert direct.server.platform.records.duplicate_dones == [job_id, "unknown"]
+
+
+def test_two_workers_share_the_queue(direct: DirectCalls) -> None:
+    job_ids = [direct.run() for _ in range(3)]
+    assert len(direct.get("job-take-batch/w1?batch_size=2")) == 2
+    assert direct.get("job-take/w2")["id"] == job_ids[2]
+    assert direct.server.call(direct.server.platform.jobs_per_worker) == {"w1": 2, "w2": 1}
+    direct.post(f"cancel/{job_ids[2]}")
+    assert direct.get("job-stop/w2") == {"jobsToStop": [job_ids[2]]}
+    assert direct.http.get("/job-stop/w1").status_code == 204
+
+
+@pytest.mark.parametrize("stopped", [pytest.param(True, id="stopped"), pytest.param(False, id="running")])
+def test_a_job_is_given_again(direct: DirectCalls, *, stopped: bool) -> None:
+    job_id = direct.run({"n": 1}, policy={"executionTimeout": 300})
+    direct.take()
+    if stopped:
+        direct.post(f"cancel/{job_id}")
+    platform = direct.server.platform
+    direct.server.call(platform.give_again, platform.jobs[job_id])
+    time.sleep(0.3)
+    # The execution timeout of the first run is over, but the job waits in the queue.
+    assert direct.get(f"status/{job_id}") == {"id": job_id, "status": "IN_QUEUE"}
+    assert direct.take().json()["id"] == job_id
+    assert direct.http.get("/job-stop/w1").status_code == (200 if stopped else 204)
+    direct.send("done", job_id, '{"output": ["a"]}')
+    assert direct.get(f"status/{job_id}")["output"] == ["a"]
+
+
+@pytest.mark.parametrize("taken", [pytest.param(True, id="running"), pytest.param(False, id="queued")])
+def test_a_forgotten_job_is_unknown_to_clients_and_workers(direct: DirectCalls, *, taken: bool) -> None:
+    job_id = direct.run()
+    if taken:
+        direct.take()
+    platform = direct.server.platform
+    direct.server.call(platform.forget, platform.jobs[job_id])
+    assert direct.http.get(f"/status/{job_id}").status_code == 404
+    assert [direct.send(verb, job_id, '{"output": "a"}').status_code for verb in ("stream", "done")] == [404, 404]
+    assert direct.take().status_code == direct.http.get("/job-stop/w1").status_code == 204
+    assert (platform.records.stream_posts, platform.records.late_streams) == (1, [])
+
+
+def test_forgetting_a_job_ends_the_wait_of_its_client(direct: DirectCalls) -> None:
+    platform = direct.server.platform
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(direct.post, "runsync", {"input": {"n": 1}})
+        direct.server.wait_until(lambda platform: platform.jobs)
+        direct.server.call(platform.forget, next(iter(platform.jobs.values())))
+        assert answer.result()["status"] == "CANCELLED"
+
+
+def test_job_stop_names_a_job_once_or_again_and_again(direct: DirectCalls) -> None:
+    behaviour = direct.server.platform.behaviour
+    job_id = direct.run()
+    direct.take()
+    direct.post(f"cancel/{job_id}")
+    behaviour.repeat_stops = True
+    assert [direct.get("job-stop/w1") for _ in range(2)] == [{"jobsToStop": [job_id]}] * 2
+    behaviour.repeat_stops = False
+    assert [direct.http.get("/job-stop/w1").status_code for _ in range(2)] == [200, 204]
 
 
 @pytest.mark.parametrize(("key", "status"), [(None, 401), ("wrong", 401), ("right", 200)])
@@ -459,11 +531,64 @@ def test_a_fault_delivers_a_job_twice(direct: DirectCalls) -> None:
     assert direct.take().status_code == 204
 
 
+def test_the_body_of_an_answer_to_a_post_comes_late(direct: DirectCalls) -> None:
+    direct.server.platform.behaviour.answer_delay = 0.2
+    # A refused post has an answer body too.
+    for text, status in (('{"output": "a"}', 200), ("no JSON", 400)):
+        response = direct.send("stream", "unknown", text)
+        assert (response.status_code, bool(response.content)) == (status, True)
+        assert response.elapsed.total_seconds() >= 0.2
+
+
+def test_the_head_of_an_answer_with_a_late_body_comes_at_once(direct: DirectCalls) -> None:
+    direct.server.platform.behaviour.answer_delay = 60
+    url, timeout = "/job-stream/w1/unknown", httpx.Timeout(10, read=0.5)
+    with direct.http.stream("POST", url, json={}, timeout=timeout) as response:
+        assert response.status_code == 200
+        with pytest.raises(httpx.ReadTimeout):
+            response.read()
+
+
+def test_the_connections_of_posts_are_counted(direct: DirectCalls) -> None:
+    for verb in ("stream", "stream", "done"):
+        direct.send(verb, "unknown", "{}")
+    assert direct.get("records")["post_connections"] == 1
+    direct.server.platform.behaviour.answer_delay = 0.2
+    for _ in range(2):
+        # The client closes the connection of an answer that it has not read.
+        with direct.http.stream("POST", "/job-stream/w1/unknown", json={}):
+            pass
+    assert direct.get("records")["post_connections"] == 2
+    direct.send("done", "unknown", "{}")
+    assert direct.get("records")["post_connections"] == 3
+
+
+def test_an_outage_resets_workers_and_ends_by_itself(direct: DirectCalls) -> None:
+    job_id = direct.run()
+    outage = direct.server.outage(1)
+    for _ in range(2):
+        with pytest.raises(httpx.ReadError):
+            direct.take()
+    assert direct.get(f"status/{job_id}")["status"] == "IN_QUEUE"
+    outage.result(timeout=10)
+    assert direct.take().json()["id"] == job_id
+
+
+def test_an_outage_ends_waiting_polls(direct: DirectCalls) -> None:
+    direct.server.platform.behaviour.take_hold = 60
+    with ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(direct.take)
+        direct.server.wait_until(lambda platform: platform.records.takes)
+        direct.server.outage(60)
+        with pytest.raises(httpx.ReadError):
+            taken.result()
+
+
 # ---- The command line
 
 
-def run_cli(port: int, *command: str) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-m", "standin", "--port", str(port), "--", *command]
+def run_cli(port: int, *command: str, options: Sequence[str] = ()) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-m", "standin", "--port", str(port), *options, "--", *command]
     return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -489,8 +614,9 @@ def test_a_command_that_does_not_exist_is_reported() -> None:
 
 TAKING_WORKER = """
 import os, signal, sys, urllib.request
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-urllib.request.urlopen(os.environ["RUNPOD_WEBHOOK_GET_JOB"].replace("$ID", "w"))
+name = os.environ["RUNPOD_POD_ID"]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5 if name == "worker-1" else 0))
+urllib.request.urlopen(os.environ["RUNPOD_WEBHOOK_GET_JOB"].replace("$ID", name))
 """
 
 
@@ -503,3 +629,21 @@ def test_a_ready_worker_is_reported_and_its_signals_and_exit_code_are_forwarded(
     assert "/v2/local/openai/v1" in lines[1]
     assert "/v2/local/runsync" in lines[2]
     assert cli.returncode == 5
+
+
+def test_several_workers_are_started_and_signalled_together() -> None:
+    with run_cli(0, sys.executable, "-c", TAKING_WORKER, options=["--workers", "2"]) as cli:
+        assert cli.stderr is not None
+        assert cli.stderr.readline() == "All 2 workers are ready.\n"
+        cli.send_signal(signal.SIGTERM)
+        _, stderr = cli.communicate(timeout=20)
+    ends = {"worker-1 ended with exit code 5.", "worker-2 ended with exit code 0."}
+    assert set(stderr.splitlines()[-2:]) == ends
+    assert cli.returncode == 5
+
+
+def test_a_number_of_workers_below_1_is_reported() -> None:
+    with run_cli(0, "true", options=["--workers", "0"]) as cli:
+        _, stderr = cli.communicate(timeout=20)
+    assert cli.returncode == 2
+    assert stderr.endswith("--workers 0 is too small. Start at least 1 worker.\n")
