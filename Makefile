@@ -10,7 +10,7 @@ UNIT := $(addprefix tests/,settings request telemetry media model http queue) $(
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance soak fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
+.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance simulate soak fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -84,6 +84,9 @@ bench-coldstart: setup ## Compare the time from the start to the first token wit
 
 endurance: setup ## Run 10,000 short jobs; fails if one is lost or answered twice, or if memory grows
 	@$(BIN)/python -m bench.endurance
+
+simulate: setup ## Run the queue in simulated bad days; SCHEDULES=5000 FIRST=0; a failing seed prints how to replay it
+	@$(BIN)/python -m tests.simulation --schedules $(or $(SCHEDULES),5000) --first $(or $(FIRST),0)
 
 soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--minutes 1" is shorter
 	@$(BIN)/python -m bench.soak $(SOAK)

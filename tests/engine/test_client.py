@@ -1,14 +1,19 @@
-"""The collector of outputs, which keeps a job's pace. The client is tested with the running engine."""
+"""The collector of outputs, which keeps a job's pace, and the engine's load. The running engine tests the client."""
 
 import asyncio
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.metrics.stats import SchedulerStats
 
-from worker.engine.client import PacedCollector
+from worker.engine.client import Monitor, PacedCollector
 from worker.request.pace import Pace
+from worker.telemetry.usage import EngineLoad
 
 
 def output(text: str, finished: bool = False) -> RequestOutput:
@@ -68,3 +73,49 @@ def test_an_error_of_the_engine_is_raised_at_once() -> None:
 
     with pytest.raises(RuntimeError, match="dead"):
         asyncio.run(run())
+
+
+def load(unfinished: int, *outputs: EngineCoreOutputs) -> EngineLoad:
+    """Return the load after these outputs of two engines that run four requests each."""
+    remaining = iter(outputs)
+
+    async def get() -> EngineCoreOutputs:
+        return next(remaining)
+
+    client: Any = SimpleNamespace(
+        engine_core=SimpleNamespace(get_output_async=get),
+        output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: unfinished),
+        vllm_config=SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=4), parallel_config=SimpleNamespace(data_parallel_size=2)
+        ),
+    )
+    monitor = Monitor(client)
+
+    async def run() -> None:
+        for _ in outputs:
+            await client.engine_core.get_output_async()
+
+    asyncio.run(run())
+    assert monitor.reported.is_set() == bool(outputs)
+    return monitor.load()
+
+
+def report(running: int, waiting: int, kv_cache: float, engine: int = 0) -> EngineCoreOutputs:
+    stats = SchedulerStats(num_running_reqs=running, num_waiting_reqs=waiting, kv_cache_usage=kv_cache)
+    return EngineCoreOutputs(engine_index=engine, scheduler_stats=stats)
+
+
+def test_the_load_is_the_sum_of_the_last_reports() -> None:
+    assert load(9, report(1, 0, 0.1), report(4, 2, 0.5), report(3, 0, 0.25, engine=1)) == EngineLoad(8, 7, 2, 0.375)
+
+
+def test_requests_that_have_ended_since_the_last_report_do_not_count() -> None:
+    assert load(0, report(4, 2, 0.5)) == EngineLoad(8, 0, 0, 0.0)
+    assert load(3, report(4, 2, 0.5)) == EngineLoad(8, 3, 0, 0.5)
+
+
+@pytest.mark.parametrize(("unfinished", "running", "waiting"), [(0, 0, 0), (5, 5, 0), (11, 8, 3)])
+def test_without_statistics_the_load_follows_from_the_unfinished_requests(
+    unfinished: int, running: int, waiting: int
+) -> None:
+    assert load(unfinished) == EngineLoad(8, running, waiting, 0.0)

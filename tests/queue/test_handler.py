@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -22,15 +24,18 @@ DEFAULTS = Settings()
 SECRET = "a user's prompt"
 CHAT: Json = {"messages": [{"role": "user", "content": "Hello"}]}
 ERROR = {"error": {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}}
+NO_HEADERS: Mapping[bytes, bytes] = MappingProxyType({})
 CHUNKS = [{"choices": [{"delta": {"content": text}}]} for text in ("こん", "にちは", "!")]
 
 
-def answer(body: bytes, status: int = 200, content_type: str = "application/json") -> App:
+def answer(
+    body: bytes, status: int = 200, content_type: str = "application/json", headers: Mapping[bytes, bytes] = NO_HEADERS
+) -> App:
     """Return an app that answers every request with `body`."""
 
     async def app(_scope: Any, _receive: Receive, send: Send) -> None:
-        headers = [(b"content-type", content_type.encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        pairs = [(b"content-type", content_type.encode()), *headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": body})
 
     return app
@@ -86,6 +91,13 @@ def test_a_json_body_is_yielded_as_one_object() -> None:
 def test_a_text_body_is_yielded_as_one_string() -> None:
     metrics = answer(b"# HELP a\na 1\n", content_type="text/plain; version=1.0.0")
     assert outputs(metrics, {"route": "/metrics"}) == ["# HELP a\na 1\n"]
+
+
+@pytest.mark.parametrize(("headers", "metadata"), [({}, None), ({b"metadata": b'{"model": "m"}'}, {"model": "m"})])
+def test_a_binary_body_is_yielded_in_base64(headers: dict[bytes, bytes], metadata: Json | None) -> None:
+    data = b"\xff\x00\x80"
+    (output,) = outputs(answer(data, content_type="application/octet-stream", headers=headers), CHAT)
+    assert output == {"content_type": "application/octet-stream", "metadata": metadata, "base64": "/wCA"}
 
 
 def test_an_empty_body_is_yielded_as_its_status() -> None:

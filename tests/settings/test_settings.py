@@ -16,6 +16,20 @@ def test_the_workers_own_settings() -> None:
     assert read({"MODEL_NAME": ""}).model_name == DEFAULT_MODEL
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        pytest.param({"WORKER_MODE": "queue"}, 250, id="queue"),
+        pytest.param({"WORKER_MODE": "http"}, 512, id="HTTP"),
+        pytest.param({"WORKER_MODE": "queue", "MAX_CONCURRENCY": "300"}, 300, id="set"),
+    ],
+)
+def test_the_most_requests_at_once(environ: dict[str, str], expected: int) -> None:
+    settings = read(environ)
+    assert settings.concurrency(1024) == expected
+    assert settings.max_concurrency or settings.concurrency(8) == 16
+
+
 def test_mistakes_in_the_workers_own_settings() -> None:
     with pytest.raises(ConfigurationError) as caught:
         read({"MAX_CONCURRENCY": "0", "ALLOW_CONTROL_ROUTES": "perhaps", "LOG_LEVEL": "loud"})

@@ -106,6 +106,8 @@ def test_names_of_older_workers() -> None:
         ("TASK", "embed", {"RUNNER": "pooling", "CONVERT": "embed"}),
         ("TASK", "reward", {"RUNNER": "pooling"}),
         ("SPECULATIVE_MODEL", "org/draft", {"SPEC_MODEL": "org/draft"}),
+        ("ON_ENGINE_DEATH", "retry", {"UNFINISHED_JOBS": "leave"}),
+        ("ON_ENGINE_DEATH", "fail", {"UNFINISHED_JOBS": "fail"}),
         ("LIMIT_MM_PER_PROMPT", "image=2,video=1", {"LIMIT_MM_PER_PROMPT": '{"image": 2, "video": 1}'}),
     ],
 )

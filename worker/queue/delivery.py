@@ -32,7 +32,7 @@ class Delivery:
         try:
             await self._platform.stream(self._job_id, output)
         except ResultRefusedError as error:
-            log.warning("Job %s: the rest comes with the result, not in the stream: %s", self._job_id, error)
+            log.warning("Job %s: the rest comes with the result, not in the stream. %s", self._job_id, error)
             self._streams = False
         else:
             self._posted()

@@ -80,7 +80,7 @@ class JobLoop:
         self._context = context
         self._lifecycle = context.lifecycle
         self._places = context.places
-        self._runs: set[_Run] = set()
+        self._runs: list[_Run] = []
         self._latest: dict[str, _Run] = {}
         """By id. A job that was stopped and given again runs twice until its first run has ended."""
         self._failed = asyncio.Event()
@@ -118,7 +118,8 @@ class JobLoop:
     async def _idle(self, taking: asyncio.Task[None], seconds: float) -> None:
         """Wait for jobs that are being transferred, and then at most `seconds` until none runs."""
         # For the platform, jobs that are being transferred are taken.
-        await race.end(taking, grace=LAST_JOBS_SECONDS)
+        await asyncio.wait([taking], timeout=LAST_JOBS_SECONDS)
+        await race.end(taking)
         if self._runs:
             await asyncio.wait([run.task for run in self._runs], timeout=seconds)
 
@@ -175,7 +176,7 @@ class JobLoop:
         run = _Run(job, delivery, previous=latest.task if latest else None)
         run.task = asyncio.create_task(self._run(run))
         run.task.add_done_callback(functools.partial(self._ended, run))
-        self._runs.add(run)
+        self._runs.append(run)
         self._latest[job_id] = run
         self._job_ids.add(job_id)
         return True
@@ -184,7 +185,7 @@ class JobLoop:
         job_id = run.job["id"]
         if not task.cancelled() and (error := task.exception()):
             log.error("Job %s ends without a result:\n%s", job_id, frames(error))
-        self._runs.discard(run)
+        self._runs.remove(run)
         if self._latest[job_id] is run:
             del self._latest[job_id]
             self._job_ids.remove(job_id)

@@ -1,0 +1,121 @@
+"""An engine that follows a plan, behind the routes that vLLM's app has."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from tests.simulation.plan import JobPlan, Plan
+from worker import race
+from worker.request import sse
+from worker.request.asgi import Message, Receive, Send, header
+from worker.telemetry.usage import EngineLoad
+
+ERROR = {"error": {"message": "planned", "type": "server_error", "code": 500}}
+DEATH_SECONDS = 0.3
+"""How long after the engine's death the worker notices it, unless a request does."""
+
+
+class Engine:
+    """Runs up to `capacity` requests at once; the others wait, first come, first served."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plans = {job.job_id: job for job in plan.jobs}
+        self._capacity = plan.capacity
+        self._dead = asyncio.Event()
+        self.running: list[str] = []
+        self.waiting: dict[asyncio.Future[None], str] = {}
+        self.reported = asyncio.Event()
+        self.collisions = 0
+        """Requests that began while the same job had another one. vLLM refuses them."""
+
+    @property
+    def requests(self) -> list[str]:
+        """The ids of the jobs that have a request here."""
+        return [*self.running, *self.waiting.values()]
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(self._capacity, len(self.running), len(self.waiting))
+
+    def die(self) -> None:
+        self._dead.set()
+
+    @property
+    def is_dead(self) -> bool:
+        return self._dead.is_set()
+
+    async def died(self) -> None:
+        await self._dead.wait()
+        await asyncio.sleep(DEATH_SECONDS)
+
+    async def app(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request as its plan says. A disconnect of the client ends it."""
+        plan = self._plans[header(scope, b"x-request-id").decode()]
+        await receive()
+        gone = asyncio.Event().wait() if plan.is_deaf else receive()
+        (await race.first(self._answer(plan, send), self._death(), gone)).result()
+
+    async def _death(self) -> None:
+        await self._dead.wait()
+        raise RuntimeError("the engine has died")
+
+    async def _answer(self, plan: JobPlan, send: Send) -> None:
+        await asyncio.sleep(plan.prepare)
+        async with self._place(plan.job_id):
+            if plan.form == "value":
+                await self._send_value(plan, send)
+            else:
+                await self._send_events(plan, send)
+
+    async def _send_value(self, plan: JobPlan, send: Send) -> None:
+        await self._generate(plan, plan.events)
+        body, status = (ERROR, 500) if plan.ending == "error" else ({"n": plan.events}, 200)
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+
+    async def _send_events(self, plan: JobPlan, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for number in range(plan.events):
+            await asyncio.sleep(plan.gap)
+            await send({"type": "http.response.body", "body": sse.event({"n": number}), "more_body": True})
+        await self._generate(plan, 0)
+        last = sse.event(ERROR) if plan.ending == "error" else sse.DONE
+        await send({"type": "http.response.body", "body": last})
+
+    async def _generate(self, plan: JobPlan, tokens: int) -> None:
+        await asyncio.sleep(plan.gap * tokens)
+        if plan.ending == "silent":
+            await asyncio.Event().wait()
+        if plan.ending == "exception":
+            raise RuntimeError("planned")
+
+    @asynccontextmanager
+    async def _place(self, job_id: str) -> AsyncIterator[None]:
+        self.collisions += job_id in self.requests
+        if len(self.running) >= self._capacity:
+            turn = asyncio.get_running_loop().create_future()
+            self.waiting[turn] = job_id
+            self.reported.set()
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn in self.waiting:
+                    del self.waiting[turn]
+                else:
+                    self._leave(job_id)
+                raise
+        else:
+            self.running.append(job_id)
+        self.reported.set()
+        try:
+            yield
+        finally:
+            self._leave(job_id)
+
+    def _leave(self, job_id: str) -> None:
+        self.running.remove(job_id)
+        if turn := next(iter(self.waiting), None):
+            self.running.append(self.waiting.pop(turn))
+            turn.set_result(None)
+        self.reported.set()
