@@ -91,6 +91,7 @@ async def _reply(platform: Platform, verb: str, request: Request) -> Reply:
         route = _route(platform, verb, request)
         if route.kind is None:
             return await route.handler(platform, request)
+        platform.requested(route.kind)
         if platform.behaviour.is_away:
             await request.reset()
         if route.kind in POSTS:

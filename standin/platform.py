@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .behaviour import Behaviour
+from .behaviour import Behaviour, RouteKind
 from .jobs import Job, Json, Status
 from .records import Ping, Records, Take
 from .signals import Mailbox, Signal
@@ -131,6 +131,11 @@ class Platform:
             self._end(job, Status.CANCELLED)
 
     # ---- Requests of workers
+
+    def requested(self, kind: RouteKind) -> None:
+        """Record the arrival of a request, before its faults."""
+        self.records.requests[kind].append(self.now())
+        self._changed.fire()
 
     async def take(self, take: Take, *, duplicate: bool = False) -> list[Job]:
         """Return up to `take.batch_size` jobs as soon as one is queued, or an empty list after `take_hold` seconds.

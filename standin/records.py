@@ -1,6 +1,9 @@
 """Records of the workers' requests, for tests and benchmarks to check."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
+
+from .behaviour import RouteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +14,8 @@ class Ping:
     job_ids: tuple[str, ...]
     version: str
     at: float
+    url_bytes: int
+    """The length of its URL, without scheme and host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,8 @@ class Take:
 class Records:
     """The lists hold job ids unless their type says otherwise, and grow without limit."""
 
+    requests: defaultdict[RouteKind, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """When each request of the workers arrived, in seconds of `Platform.now`, also those that met a fault."""
     pings: list[Ping] = field(default_factory=list)
     takes: list[Take] = field(default_factory=list)
     stream_posts: int = 0

@@ -65,7 +65,8 @@ async def _posted(
 async def ping(platform: Platform, request: Request) -> Reply:
     query = request.query
     job_ids = tuple(filter(None, query.get("job_id", "").split(",")))
-    platform.ping(Ping(request.path, job_ids, query.get("runpod_version", ""), platform.now()))
+    url_bytes = len(request.scope["raw_path"]) + len(b"?") + len(request.scope["query_string"])
+    platform.ping(Ping(request.path, job_ids, query.get("runpod_version", ""), platform.now(), url_bytes))
     return ACCEPTED
 
 

@@ -176,7 +176,7 @@ class ResultRefusedError(JobError, status=413):
 
     def __init__(self, size: int, status: int) -> None:
         super().__init__(
-            f"RunPod refused a post of {size / 1e6:.1f} MB with HTTP {status}; it accepts results of at most 20 MB. Use "
+            f"RunPod refused an output of {size / 1e6:.1f} MB with HTTP {status}; a result may have at most 20 MB. Use "
             "streaming, or ask for fewer tokens or log probabilities."
         )
 

@@ -164,13 +164,7 @@ class History:
         self._idle_stop_poll = asked
         for job_id in job_ids:
             run = self._latest.get(job_id)
-            if run is None or job_id not in self.active:
-                continue
-            if run.stopped is not None:
-                # The job may have arrived again, and wait for the end of its first run.
-                again = [arrival for arrival in self._arrivals if arrival[0] == job_id and arrival[1] >= run.stopped]
-                self._arrivals = [arrival for arrival in self._arrivals if arrival not in again]
-                self._idle_stop_poll = float("-inf") if again else self._idle_stop_poll
+            if run is None or run.stopped is not None or job_id not in self.active:
                 continue
             run.stopped = self.now
             self._idle_stop_poll = float("-inf")
@@ -263,8 +257,8 @@ class History:
 
 
 def _answers(run: Run, at: float) -> bool:
-    """Return whether a run is the answer to a job that arrived at a time."""
-    return run.began >= at or (run.ended >= at and (run.stopped is None or run.stopped > at))
+    """Return whether a run is the answer to a job that arrived at a time. A stopped run is none to a later arrival."""
+    return run.began >= at or (run.ended >= at and run.stopped is None)
 
 
 def _events(output: list[Any]) -> list[Any]:

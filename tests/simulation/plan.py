@@ -106,7 +106,7 @@ def plan_of(seed: int) -> Plan:
     jobs = []
     for number in range(rng.choice((1, 1, 2, 3, 4, 8))):
         at = rng.uniform(0, span)
-        stop_at = sometimes(0.15, at + between(0.001, 10))
+        stop_at = sometimes(0.2, at + between(0.001, 10))
         jobs.append(
             JobPlan(
                 job_id=f"job-{number}",
@@ -118,7 +118,7 @@ def plan_of(seed: int) -> Plan:
                 ending=rng.choices(("complete", "error", "exception", "silent"), (12, 1, 1, 1))[0],
                 is_deaf=chance(0.2),
                 stop_at=stop_at,
-                again_after=sometimes(0.4, between(0.0001, 1)) if stop_at else None,
+                again_after=sometimes(0.5, between(0.0001, 1)) if stop_at else None,
                 repeat_at=sometimes(0.1, at + between(0.001, 5)),
                 forget_at=sometimes(0.05, at + between(0.001, 5)),
             )

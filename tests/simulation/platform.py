@@ -245,6 +245,8 @@ class SimulatedPlatform:
         named, self._stops = self._stops, []
         self._named += named
         await self._travel(self._plan.latency)
+        if self._chance(self._plan.late):
+            await self._travel(5.0)
         ids = self._named if self._plan.repeats_stops else named
         self._history.heard(ids, asked)
         return Answer(200, json.dumps({"jobsToStop": ids}).encode()) if ids else Answer(204)

@@ -59,9 +59,8 @@ class _Run:
     """One job that runs."""
 
     job: Job
-    delivery: Delivery
-    previous: "asyncio.Task[None] | None"
-    """The same job, which was stopped and has not ended yet."""
+    again: Job | None = None
+    """The same job, which has arrived once more. It runs if this run is stopped."""
     is_generating: bool = True
     task: "asyncio.Task[None]" = field(init=False)
 
@@ -80,9 +79,8 @@ class JobLoop:
         self._context = context
         self._lifecycle = context.lifecycle
         self._places = context.places
-        self._runs: list[_Run] = []
-        self._latest: dict[str, _Run] = {}
-        """By id. A job that was stopped and given again runs twice until its first run has ended."""
+        self._runs: dict[str, _Run] = {}
+        """By the job's id."""
         self._failed = asyncio.Event()
 
     async def run(self) -> None:
@@ -121,15 +119,16 @@ class JobLoop:
         await asyncio.wait([taking], timeout=LAST_JOBS_SECONDS)
         await race.end(taking)
         if self._runs:
-            await asyncio.wait([run.task for run in self._runs], timeout=seconds)
+            await asyncio.wait([run.task for run in self._runs.values()], timeout=seconds)
 
     async def _cancel_jobs(self) -> None:
-        tasks = [run.task for run in self._runs]
-        for run in self._runs:
-            log.error("Job %s ends without a result", run.job["id"])
+        runs = dict(self._runs)
+        for job_id, run in runs.items():
+            log.error("Job %s ends without a result", job_id)
+            run.again = None
             run.task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=ERROR_SECONDS)
+        if runs:
+            await asyncio.wait([run.task for run in runs.values()], timeout=ERROR_SECONDS)
 
     async def _take_jobs(self) -> None:
         """Ask for as many jobs as there are free places, until the worker is stopped."""
@@ -149,7 +148,7 @@ class JobLoop:
         stopping, changed = self._lifecycle.stopping, self._places.changed
         while not stopping.is_set():
             changed.clear()
-            if free := self._places.free(len(self._runs), sum(run.is_generating for run in self._runs)):
+            if free := self._places.free(len(self._runs), sum(run.is_generating for run in self._runs.values())):
                 return free
             await race.first(changed.wait(), stopping.wait())
         return 0
@@ -161,23 +160,20 @@ class JobLoop:
 
     async def _stop(self) -> bool:
         """Ask once, and return whether any job was stopped."""
-        runs = [run for job_id in await self._platform.stops() if (run := self._latest.get(job_id))]
+        runs = [run for job_id in await self._platform.stops() if (run := self._runs.get(job_id))]
         stopped = [run.task.cancel() for run in runs if not run.is_stopped]
         return any(stopped)
 
     def _begin(self, job: Job) -> bool:
         """Start a job, unless it runs already; return whether it was started."""
         job_id = job["id"]
-        latest = self._latest.get(job_id)
-        if latest and not latest.is_stopped:
+        if run := self._runs.get(job_id):
             log.warning("Job %s arrived again while it runs; it gets one result", job_id)
+            run.again = job
             return False
-        delivery = Delivery(self._platform, job_id, self._context.posted)
-        run = _Run(job, delivery, previous=latest.task if latest else None)
+        run = self._runs[job_id] = _Run(job)
         run.task = asyncio.create_task(self._run(run))
         run.task.add_done_callback(functools.partial(self._ended, run))
-        self._runs.append(run)
-        self._latest[job_id] = run
         self._job_ids.add(job_id)
         return True
 
@@ -185,23 +181,22 @@ class JobLoop:
         job_id = run.job["id"]
         if not task.cancelled() and (error := task.exception()):
             log.error("Job %s ends without a result:\n%s", job_id, frames(error))
-        self._runs.remove(run)
-        if self._latest[job_id] is run:
-            del self._latest[job_id]
-            self._job_ids.remove(job_id)
+        del self._runs[job_id]
+        self._job_ids.remove(job_id)
         self._places.changed.set()
+        if run.is_stopped and run.again:
+            # The platform has stopped the job and given it again. The two may arrive in either order.
+            self._begin(run.again)
 
     async def _run(self, run: _Run) -> None:
         """Post a job's outputs one by one, then its result. Nothing is posted for a stopped job."""
-        if run.previous:
-            await asyncio.wait([run.previous])
         try:
             await self._answer(run)
         except JobLostError as error:
             log.error("Job %s is cancelled: %s", run.job["id"], error)
 
     async def _answer(self, run: _Run) -> None:
-        delivery, error = run.delivery, None
+        delivery, error = Delivery(self._platform, run.job["id"], self._context.posted), None
         async with aclosing(self._handler(run.job)) as outputs:
             async for output in outputs:
                 if not delivery.outputs and self._leaves_unfinished:
