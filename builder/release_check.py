@@ -1,6 +1,6 @@
 """`make release-check`: runs all checks that a release must pass, and prints a table of the results.
 
-Takes about an hour, most of it for the soak test. `RELEASE="check test"` runs only these checks.
+Takes about two hours, most of it for the soak test and the simulation. `RELEASE="check test"` runs only these checks.
 """
 
 import re
@@ -23,6 +23,8 @@ CHECKS: dict[str, list[str]] = {
     "clients": ["make", "clients"],
     "monitoring": ["make", "monitoring"],
     "audit": ["make", "audit"],
+    "outage": ["env", "OUTAGE_SECONDS=150", ".venv/bin/python", "-m", "pytest", "tests/platform/test_bad_days.py"],
+    "simulate": ["make", "simulate", "SCHEDULES=1000000", "FIRST=5000"],
     "fuzz": ["make", "fuzz"],
     "endurance": ["make", "endurance"],
     "soak": ["make", "soak"],

@@ -27,9 +27,10 @@ class EchoHandler:
             case {"openai_route": str(route), **rest}:
                 for part in _openai(route, rest.get("openai_input", "absent")):
                     yield part
-            case {"count": int(count)}:
+            case {"count": int(count), **rest}:
                 for number in range(count):
                     yield f"part {number}"
+                    await asyncio.sleep(float(rest.get("pause", 0)))
             case {"size": int(size)}:
                 yield "x" * size
             case {"sleep": float(seconds)}:

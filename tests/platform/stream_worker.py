@@ -46,7 +46,7 @@ class ScriptedEngine:
 
     def load(self) -> EngineLoad:
         """Return the load. The capacity has no limit."""
-        return EngineLoad(**self._requests)
+        return EngineLoad(requests=self._requests.total(), waiting=self._requests["waiting"])
 
     async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
         """Answer one request."""

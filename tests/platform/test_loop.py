@@ -210,18 +210,19 @@ def test_after_a_refused_part_the_rest_comes_with_the_result(server: StandinServ
     assert job.output == ["part 0", "part 1", "part 2", "part 3"]
 
 
-@pytest.mark.parametrize("kind", ["stream", "done"])
-def test_after_an_outage_the_platform_gets_every_part_in_order(server: StandinServer, kind: str) -> None:
-    job = submit(server, {"count": 3} if kind == "stream" else {"sleep": 0.5})
-    server.wait_until(lambda _: job.status is Status.IN_PROGRESS)
+@pytest.mark.parametrize("count", [3, 1], ids=["stream", "done"])
+def test_after_an_outage_the_platform_gets_every_part_in_order(server: StandinServer, count: int) -> None:
+    job = submit(server, {"count": count, "pause": 0.5})
+    server.wait_until(lambda _: job.chunks)
     server.platform.behaviour.is_away = True
     server.drop_connections()
     time.sleep(2)
     server.platform.behaviour.is_away = False
     late = submit(server, {"count": 1})
     assert final_statuses(server, job, late) == [Status.COMPLETED] * 2
-    assert job.output == (["part 0", "part 1", "part 2"] if kind == "stream" else ["slept"])
-    assert job.chunks == job.output
+    assert job.output == ["part 0", "part 1", "part 2"][:count]
+    # The answer to the first post may have been lost, so that it was posted again.
+    assert list(dict.fromkeys(job.chunks)) == job.output
     assert server.platform.records.duplicate_dones == []
 
 

@@ -35,7 +35,7 @@ class Engine:
         return [*self.running, *self.waiting.values()]
 
     def load(self) -> EngineLoad:
-        return EngineLoad(self._capacity, len(self.running), len(self.waiting))
+        return EngineLoad(self._capacity, len(self.requests), len(self.waiting))
 
     def die(self) -> None:
         self._dead.set()

@@ -68,19 +68,17 @@ class Monitor:
         self.silent_seconds = self.silent_seconds + seconds if unfinished else 0.0
 
     def load(self) -> EngineLoad:
-        """Return the engine's load. With DISABLE_LOG_STATS it is derived from the unfinished requests alone."""
+        """Return the engine's load. With DISABLE_LOG_STATS, requests beyond its capacity count as waiting."""
         config = self._client.vllm_config
         capacity = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
-        # The engine reports nothing after an abort that leaves it without requests.
-        unfinished = self._client.output_processor.get_num_unfinished_requests()
+        requests = self._client.output_processor.get_num_unfinished_requests()
         if not self._stats:
-            running = min(unfinished, capacity)
-            return EngineLoad(capacity, running, unfinished - running)
+            return EngineLoad(capacity, requests, max(requests - capacity, 0))
         stats = self._stats.values()
-        running = min(sum(each.num_running_reqs for each in stats), unfinished)
-        waiting = min(sum(each.num_waiting_reqs for each in stats), unfinished - running)
-        kv_cache = sum(each.kv_cache_usage for each in stats) / len(stats) if unfinished else 0.0
-        return EngineLoad(capacity, running, waiting, kv_cache)
+        # The engine reports nothing after an abort that leaves it without requests.
+        waiting = min(sum(each.num_waiting_reqs for each in stats), requests)
+        kv_cache = sum(each.kv_cache_usage for each in stats) / len(stats) if requests else 0.0
+        return EngineLoad(capacity, requests, waiting, kv_cache)
 
 
 class _Collector(RequestOutputCollector):

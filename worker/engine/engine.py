@@ -66,7 +66,7 @@ class Engine:
         return self._monitor.reported
 
     def load_now(self) -> EngineLoad:
-        """Return how many requests the engine runs, how many wait, and how full its KV cache is."""
+        """Return how many requests the engine has, how many of them wait, and how full its KV cache is."""
         return self._monitor.load()
 
     @property

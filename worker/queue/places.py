@@ -19,7 +19,7 @@ class Places:
     most: int
     """The most jobs at once."""
     batch: int
-    """The most jobs that may wait to begin in the engine, and so the most to ask for at once."""
+    """The most jobs that may be on their way into the engine, and so the most to ask for at once."""
     load: Callable[[], EngineLoad] = EngineLoad
     """Returns what the engine does now."""
     room: Callable[[], int] = lambda: 1_000_000
@@ -32,9 +32,9 @@ class Places:
         load = self.load()
         if load.waiting or load.kv_cache >= FULL_CACHE:
             return 0
-        begins = max(generating - load.running, 0)
-        engine = load.capacity + load.capacity // AHEAD - load.running
+        on_their_way = max(generating - load.requests, 0)
+        engine = load.capacity + load.capacity // AHEAD - load.requests
         if load.kv_cache:
             # More requests like those that run now.
-            engine = min(engine, max(int(load.running * (1 - load.kv_cache) / load.kv_cache), 1))
-        return max(min(self.batch - begins, engine - begins, self.most - jobs, self.room()), 0)
+            engine = min(engine, max(int(load.requests * (1 - load.kv_cache) / load.kv_cache), 1))
+        return max(min(min(self.batch, engine) - on_their_way, self.most - jobs, self.room()), 0)

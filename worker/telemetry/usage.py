@@ -31,13 +31,14 @@ class EngineUsage:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What the engine does, according to its last report."""
+    """What the engine has to do."""
 
     capacity: int = 1_000_000
     """The most requests that it runs at once."""
-    running: int = 0
+    requests: int = 0
+    """Requests that it has, running and waiting."""
     waiting: int = 0
-    """Requests that wait to be scheduled."""
+    """Those that wait to be scheduled, according to its last report."""
     kv_cache: float = 0.0
     """The share of the KV cache in use, from 0 to 1."""
 
