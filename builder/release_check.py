@@ -24,7 +24,10 @@ CHECKS: dict[str, list[str]] = {
     "monitoring": ["make", "monitoring"],
     "audit": ["make", "audit"],
     "outage": ["env", "OUTAGE_SECONDS=150", ".venv/bin/python", "-m", "pytest", "tests/platform/test_bad_days.py"],
-    "simulate": ["make", "simulate", "SCHEDULES=1000000", "FIRST=5000"],
+    **{
+        f"simulate {first}": ["make", "simulate", "SCHEDULES=250000", f"FIRST={first}"]
+        for first in range(0, 1_000_000, 250_000)
+    },
     "fuzz": ["make", "fuzz"],
     "endurance": ["make", "endurance"],
     "soak": ["make", "soak"],

@@ -27,10 +27,10 @@ class EchoHandler:
             case {"openai_route": str(route), **rest}:
                 for part in _openai(route, rest.get("openai_input", "absent")):
                     yield part
-            case {"count": int(count), **rest}:
+            case {"count": int(count)}:
                 for number in range(count):
                     yield f"part {number}"
-                    await asyncio.sleep(float(rest.get("pause", 0)))
+                    await asyncio.sleep(job["input"].get("pause", 0))
             case {"size": int(size)}:
                 yield "x" * size
             case {"sleep": float(seconds)}:

@@ -104,6 +104,10 @@ class Platform:
             },
         }
 
+    def waiting_workers(self) -> set[str]:
+        """The workers that wait for a job now."""
+        return {waiting.take.worker for waiting in self._waiting_takes}
+
     def ready_workers(self) -> set[str]:
         """The workers that have asked for a job."""
         return {take.worker for take in self.records.takes}

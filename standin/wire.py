@@ -177,7 +177,7 @@ class LateReply:
     async def send(self, send: Send) -> None:
         async def send_late(message: Message) -> None:
             if message.get("body"):
-                # Only the server cancels a reply, when it closes.
+                # The server cancels replies when it closes. What was announced in the head must still follow.
                 with suppress(asyncio.CancelledError):
                     await asyncio.sleep(self.delay)
             await send(message)

@@ -32,7 +32,7 @@ class ScriptedEngine:
         self._record("describe")
         return {"served_names": ["tiny"]}
 
-    def load_now(self) -> EngineLoad:
+    def current_load(self) -> EngineLoad:
         """`Worker.attach` calls this when it opens the gate."""
         self._record("open the gate")
         return EngineLoad(capacity=3)

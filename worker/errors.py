@@ -172,13 +172,13 @@ class JobTimeoutError(JobError, status=504, type="TimeoutError"):
 
 
 class ResultRefusedError(JobError, status=413):
-    """RunPod does not accept the result, mostly because it is too large."""
+    """RunPod does not accept an output, mostly because it is too large. Without `status` it was not even sent."""
 
-    def __init__(self, size: int, status: int) -> None:
-        super().__init__(
-            f"RunPod refused an output of {size / 1e6:.1f} MB with HTTP {status}; a result may have at most 20 MB. Use "
-            "streaming, or ask for fewer tokens or log probabilities."
-        )
+    def __init__(self, size: int, status: int | None = None) -> None:
+        answer = "" if status is None else f" (HTTP {status})"
+        advice = " A result may have at most 20 MB. Use streaming, or ask for fewer tokens or log probabilities."
+        is_large = size > 1_000_000
+        super().__init__(f"RunPod does not accept {size / 1e6:.1f} MB of output{answer}.{advice if is_large else ''}")
 
 
 class InternalError(JobError):

@@ -119,7 +119,7 @@ class QueueMode(Mode):
             with processes.exit_soon_after():
                 engine, batch = worker.engine, worker.settings.job_batch_size
                 room = worker.pipeline.memory.room
-                places = Places(worker.concurrency, batch, engine.load_now, room, engine.reported)
+                places = Places(worker.concurrency, batch, engine.current_load, room, engine.reported)
                 self._serve(runner, handler.handle, places, engine.died)
         return 0
 

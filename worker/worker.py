@@ -58,7 +58,7 @@ class Worker:
     @property
     def concurrency(self) -> int:
         """The most requests at once."""
-        return self.settings.concurrency(self.engine.load_now().capacity)
+        return self.settings.concurrency(self.engine.current_load().capacity)
 
     def load(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Find the weights and load the engine. `meanwhile` runs in a thread while the engine's process loads.

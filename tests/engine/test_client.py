@@ -106,14 +106,14 @@ def report(running: int, waiting: int, kv_cache: float, engine: int = 0) -> Engi
 
 
 def test_the_load_is_the_sum_of_the_last_reports() -> None:
-    assert load(9, report(1, 0, 0.1), report(4, 2, 0.5), report(3, 0, 0.25, engine=1)) == EngineLoad(8, 9, 2, 0.375)
+    assert load(9, report(1, 0, 0.1), report(4, 2, 0.5), report(3, 0, 0.25, engine=1)) == EngineLoad(8, 9, 7, 2, 0.375)
 
 
 def test_requests_that_have_ended_since_the_last_report_do_not_count() -> None:
-    assert load(0, report(4, 2, 0.5)) == EngineLoad(8, 0, 0, 0.0)
-    assert load(1, report(4, 2, 0.5)) == EngineLoad(8, 1, 1, 0.5)
+    assert load(0, report(4, 2, 0.5)) == EngineLoad(8, 0, 0, 0, 0.0)
+    assert load(1, report(4, 2, 0.5)) == EngineLoad(8, 1, 1, 0, 0.5)
 
 
-@pytest.mark.parametrize(("unfinished", "waiting"), [(0, 0), (5, 0), (11, 3)])
-def test_without_statistics_the_requests_beyond_the_capacity_wait(unfinished: int, waiting: int) -> None:
-    assert load(unfinished) == EngineLoad(8, unfinished, waiting, 0.0)
+@pytest.mark.parametrize(("unfinished", "running", "waiting"), [(0, 0, 0), (5, 5, 0), (11, 8, 3)])
+def test_without_statistics_the_requests_beyond_the_capacity_wait(unfinished: int, running: int, waiting: int) -> None:
+    assert load(unfinished) == EngineLoad(8, unfinished, running, waiting, 0.0)

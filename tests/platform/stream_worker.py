@@ -19,7 +19,7 @@ from worker.request.asgi import Receive, Send
 from worker.request.pipeline import Pipeline
 from worker.settings import read
 from worker.telemetry.jobs import Telemetry
-from worker.telemetry.usage import EngineLoad
+from worker.telemetry.usage import EngineLoad, EngineUsage, current_usage
 
 CONCURRENCY = 4
 """The most jobs at once, unless MAX_CONCURRENCY is set."""
@@ -35,6 +35,8 @@ class ScriptedEngine:
     - `events`: end after so many events.
     - `delay`: wait for so many seconds before the request runs.
     - `linger`: ignore a disconnect, and take so many seconds to end when the request is cancelled.
+    - `binary`: the answer is binary data.
+    - `zeros`: each event also has a list of so many zeros.
     - `die`: the engine dies after half a second.
     """
 
@@ -46,7 +48,7 @@ class ScriptedEngine:
 
     def load(self) -> EngineLoad:
         """Return the load. The capacity has no limit."""
-        return EngineLoad(requests=self._requests.total(), waiting=self._requests["waiting"])
+        return EngineLoad(requests=self._requests.total(), **self._requests)
 
     async def __call__(self, _scope: Any, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -65,14 +67,22 @@ class ScriptedEngine:
     async def _answer(self, body: dict[str, Any], send: Send) -> None:
         with self._counted("waiting"):
             await asyncio.sleep(body.get("delay", 0))
+        if usage := current_usage.get():
+            usage.add(EngineUsage)
         with self._counted("running"):
             events = body.get("events", ENDLESS)
             if body.get("stream"):
                 await _start(send, b"text/event-stream")
+                more = {"zeros": [0] * body["zeros"]} if "zeros" in body else {}
                 for number in range(events):
-                    await send({"type": "http.response.body", "body": sse.event({"n": number}), "more_body": True})
+                    event = json.dumps({"n": number, **more}, separators=(",", ":"))
+                    data = f"data: {event}\n\n".encode()
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
                     await asyncio.sleep(EVENT_SECONDS)
                 await send({"type": "http.response.body", "body": sse.DONE})
+            elif body.get("binary"):
+                await _start(send, b"application/octet-stream")
+                await send({"type": "http.response.body", "body": b"\xff\x00"})
             else:
                 await asyncio.sleep(events * EVENT_SECONDS)
                 await _start(send, b"application/json")

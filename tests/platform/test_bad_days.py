@@ -109,18 +109,33 @@ def test_two_workers_share_jobs_that_arrive_at_once() -> None:
         assert min(taken.values()) >= 30, taken
 
 
-@pytest.mark.parametrize(("linger", "late"), [(0, 0), (0.5, 0), (0, 1)])
-def test_a_job_that_is_stopped_and_given_again_is_answered(linger: float, late: float) -> None:
-    """With `linger`, its first run has not ended when it is given again; with `late`, the stop comes after the job."""
+@pytest.mark.parametrize("linger", [0, 0.5])
+def test_a_job_that_is_stopped_and_given_again_is_answered(linger: float) -> None:
+    """With `linger`, its first run has not ended when it is given again."""
     with workers() as server:
         job = submit_stream(server, linger=linger)
-        server.platform.behaviour.faults["stop"] = [Fault(delay=late)]
-        if late:
-            # Ends the long poll that waits already.
-            cancel(server, submit_stream(server))
         cancel(server, job)
         job.request = {"input": {"prompt": "x", "stream": True, "events": 5}}
         server.call(server.platform.give_again, job)
+        wait_completed(server, job)
+        assert numbers(job.output) == list(range(5))
+
+
+def test_a_job_that_is_given_again_before_its_stop_arrives_is_answered() -> None:
+    with workers() as server:
+        job = submit_stream(server)
+        server.platform.behaviour.faults["stop"] = [Fault(delay=1)]
+        # Ends the poll that waits already. The next one is answered late.
+        server.call(server.platform.cancel, submit_stream(server))
+        server.wait_until(lambda platform: not platform.behaviour.faults["stop"], SECONDS)
+        job.request = {"input": {"prompt": "x", "stream": True, "events": 5}}
+
+        def stop_and_give_again() -> None:
+            server.platform.cancel(job)
+            server.platform.give_again(job)
+
+        server.call(stop_and_give_again)
+        server.wait_until(lambda platform: job.id in platform.records.stop_signals, SECONDS)
         wait_completed(server, job)
         assert numbers(job.output) == list(range(5))
 
@@ -175,3 +190,27 @@ def test_the_pings_of_many_jobs_have_short_urls() -> None:
         assert {len(job_id) for job_id in ids} == {44}
         server.wait_until(lambda _: any({*a.job_ids, *b.job_ids} == ids for a, b in pairwise(pings)), SECONDS)
         assert max(len(server.url) + ping.url_bytes for ping in pings) <= 8192
+
+
+def test_binary_data_comes_in_base64() -> None:
+    with workers() as server:
+        job = submit(server, binary=True)
+        wait_completed(server, job)
+        assert job.output == [{"content_type": "application/octet-stream", "metadata": None, "base64": "/wA="}]
+
+
+def test_objects_that_only_spaces_would_make_too_large_are_streamed() -> None:
+    with workers() as server:
+        job = submit(server, stream=True, events=1, zeros=400_000)
+        wait_completed(server, job)
+        assert job.chunks == job.output == [[{"n": 0, "zeros": [0] * 400_000}]]
+        assert server.platform.records.oversized_posts == []
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_a_job_whose_result_the_platform_finds_too_large_fails(status: int) -> None:
+    with workers(Behaviour(done_post_limit=100_000, done_refusal_status=status)) as server:
+        job = submit(server, stream=True, events=1, zeros=100_000)
+        server.wait_until(lambda _: job.ended, SECONDS)
+        assert (job.status, server.platform.records.oversized_posts) == (Status.FAILED, [job.id])
+        assert f"(HTTP {status})" in job.error

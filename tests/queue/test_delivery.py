@@ -109,15 +109,35 @@ def test_objects_are_posted_without_the_spaces_that_would_make_them_too_large() 
 def test_a_refused_result_is_followed_by_an_error(status: int) -> None:
     _, results = Script(200, status).deliver("a")
     assert results[0] == {"output": ["a"]}
-    assert f"with HTTP {status}" in json.loads(results[1]["error"])["message"]
+    assert f"(HTTP {status})" in json.loads(results[1]["error"])["message"]
 
 
 def test_a_job_whose_error_is_refused_too_ends() -> None:
     assert len(Script(200, 400, 400).deliver("a")[1]) == 2
 
 
+def test_a_result_that_is_too_large_is_not_posted() -> None:
+    _, (result,) = Script().deliver("x" * 20_000_001)
+    message = json.loads(result["error"])["message"]
+    assert message.startswith("RunPod does not accept 20.0 MB of output. A result may have at most 20 MB.")
+
+
+def test_a_refused_error_is_followed_by_a_short_one() -> None:
+    script = Script(400)
+    run_on_virtual_clock(Delivery(script.platform(), "job", lambda: None).failed("long"))
+    assert script.posted("done")[0] == {"error": "long"}
+    assert "(HTTP 400)" in script.posted("done")[1]["error"]
+
+
 @pytest.mark.parametrize("status", [404, 410])
-def test_a_job_that_the_platform_does_not_know_is_lost_after_some_answers(status: int) -> None:
+def test_a_result_of_an_unknown_job_is_refused_after_some_answers(status: int) -> None:
+    _, results = Script(200, *[status] * FORGOTTEN_ANSWERS).deliver("a")
+    assert results[:-1] == [{"output": ["a"]}] * FORGOTTEN_ANSWERS
+    assert f"(HTTP {status})" in results[-1]["error"]
+
+
+@pytest.mark.parametrize("status", [404, 410])
+def test_a_stream_that_the_platform_does_not_know_is_lost_after_some_answers(status: int) -> None:
     script = Script(200, *[status] * 100)
     with pytest.raises(JobLostError, match="does not know it"):
         script.deliver("a", "b", "c")

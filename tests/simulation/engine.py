@@ -9,10 +9,10 @@ from tests.simulation.plan import JobPlan, Plan
 from worker import race
 from worker.request import sse
 from worker.request.asgi import Message, Receive, Send, header
-from worker.telemetry.usage import EngineLoad
+from worker.telemetry.usage import EngineLoad, EngineUsage, current_usage
 
 ERROR = {"error": {"message": "planned", "type": "server_error", "code": 500}}
-DEATH_SECONDS = 0.3
+NOTICED_SECONDS = 0.3
 """How long after the engine's death the worker notices it, unless a request does."""
 
 
@@ -22,6 +22,7 @@ class Engine:
     def __init__(self, plan: Plan) -> None:
         self._plans = {job.job_id: job for job in plan.jobs}
         self._capacity = plan.capacity
+        self._kv_cache = plan.kv_cache
         self._dead = asyncio.Event()
         self.running: list[str] = []
         self.waiting: dict[asyncio.Future[None], str] = {}
@@ -35,7 +36,9 @@ class Engine:
         return [*self.running, *self.waiting.values()]
 
     def load(self) -> EngineLoad:
-        return EngineLoad(self._capacity, len(self.requests), len(self.waiting))
+        running, waiting = len(self.running), len(self.waiting)
+        kv_cache = min(running * self._kv_cache, 1.0)
+        return EngineLoad(self._capacity, running + waiting, running, waiting, kv_cache)
 
     def die(self) -> None:
         self._dead.set()
@@ -46,7 +49,7 @@ class Engine:
 
     async def died(self) -> None:
         await self._dead.wait()
-        await asyncio.sleep(DEATH_SECONDS)
+        await asyncio.sleep(NOTICED_SECONDS)
 
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request as its plan says. A disconnect of the client ends it."""
@@ -61,11 +64,19 @@ class Engine:
 
     async def _answer(self, plan: JobPlan, send: Send) -> None:
         await asyncio.sleep(plan.prepare)
+        self.collisions += plan.job_id in self.requests
+        if usage := current_usage.get():
+            usage.add(EngineUsage)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(plan.requests - 1):
+                group.create_task(self._run(plan))
+            async with self._place(plan.job_id):
+                await (self._send_value(plan, send) if plan.form == "value" else self._send_events(plan, send))
+
+    async def _run(self, plan: JobPlan) -> None:
+        """Run a further request, whose output is not sent."""
         async with self._place(plan.job_id):
-            if plan.form == "value":
-                await self._send_value(plan, send)
-            else:
-                await self._send_events(plan, send)
+            await asyncio.sleep(plan.gap * plan.events)
 
     async def _send_value(self, plan: JobPlan, send: Send) -> None:
         await self._generate(plan, plan.events)
@@ -92,7 +103,6 @@ class Engine:
 
     @asynccontextmanager
     async def _place(self, job_id: str) -> AsyncIterator[None]:
-        self.collisions += job_id in self.requests
         if len(self.running) >= self._capacity:
             turn = asyncio.get_running_loop().create_future()
             self.waiting[turn] = job_id

@@ -1,29 +1,46 @@
 """What happened in one schedule, and whether it may happen: the invariants."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tests.simulation.engine import Engine
-from tests.simulation.plan import Plan
+from tests.simulation.plan import JobPlan, Plan
 from worker.queue.handler import Handler, Job, Output
-from worker.queue.platform import (
-    FORGOTTEN_ANSWERS,
-    LEAVING_SECONDS,
-    TOO_MANY_REQUESTS,
-    TOO_MANY_REQUESTS_SECONDS,
-    Verdict,
-    verdict,
-)
-from worker.queue.transport import POST_SECONDS
 from worker.request import sse
+from worker.telemetry.usage import Usage, current_usage
 
 CANCEL_SECONDS = 1.0
 """How soon after a stop the engine must be rid of the job's request."""
 POLL_SECONDS = 0.19
 """The least time between two job-stop polls of which the first changed nothing."""
+TOO_MANY_REQUESTS_SECONDS = 4.9
+"""The least time between a job-take that was answered with 429 and the next one."""
+LEAVING_SECONDS = 0.51
+"""The most time between two attempts to post while the worker is being stopped."""
+AGAIN_SECONDS = 30.0
+"""A stop so soon after a second arrival of a job does not concern that arrival."""
+UNKNOWN_ANSWERS = 4
+"""So many answers in a row that a job is unknown are final."""
+ATTEMPT_SECONDS = 70.0
+"""The longest time from one attempt to post to the next."""
+
+Verdict = Literal["taken", "again", "refused", "unknown"]
+
+
+def _verdict(status: int | None) -> Verdict:
+    """Return what an answer to a post means, by the contract."""
+    match status:
+        case 200:
+            return "taken"
+        case 404:
+            return "unknown"
+        case 400 | 401 | 413 | 422:
+            return "refused"
+        case _:
+            return "again"
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +57,7 @@ class Post:
 
     @property
     def verdict(self) -> Verdict:
-        return Verdict.AGAIN if self.status is None else verdict(self.status)
+        return _verdict(self.status)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,28 +66,40 @@ class Run:
 
     job_id: str
     began: float
+    usage: Usage | None
     posts: list[Post] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
     stopped: float | None = None
     """When the worker learnt that it has to stop the job."""
     ended: float = float("inf")
+    is_open: bool = True
+    """Whether its handler runs."""
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the job is on its way into the engine."""
+        return self.is_open and not self.outputs and not (self.usage and self.usage.has_reached_engine)
 
     def of(self, route: str, *verdicts: Verdict) -> list[Post]:
         return [post for post in self.posts if post.route == route and (not verdicts or post.verdict in verdicts)]
 
     @property
-    def is_forgotten(self) -> bool:
+    def is_unknown(self) -> bool:
         """Whether the platform has said often enough that it does not know the job."""
-        last = self.posts[-FORGOTTEN_ANSWERS:]
-        return [post.verdict for post in last] == [Verdict.FORGOTTEN] * FORGOTTEN_ANSWERS and (
-            last[0].value == last[-1].value
-        )
+        last = self.posts[-UNKNOWN_ANSWERS:]
+        return [post.verdict for post in last] == ["unknown"] * UNKNOWN_ANSWERS and last[0].value == last[-1].value
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the platform has a result, or has refused to take any."""
+        done = self.of("done")
+        return bool(done) and (done[-1].verdict == "taken" or "error" in done[-1].value)
 
 
 class History:
     """Records events, and collects violations of the invariants."""
 
-    def __init__(self, plan: Plan, engine: Engine, stopping: asyncio.Event) -> None:
+    def __init__(self, plan: Plan, engine: Engine, most: int, room: Callable[[], int], stopping: asyncio.Event) -> None:
         self.plan = plan
         self._stopping = stopping
         self._stopped_at = float("inf")
@@ -82,7 +111,8 @@ class History:
         self._runs: list[Run] = []
         self._latest: dict[str, Run] = {}
         self._arrivals: list[tuple[str, float]] = []
-        self._generating = 0
+        self._most = most
+        self._room = room
         self._idle_stop_poll = self._too_many_requests = float("-inf")
 
     @property
@@ -94,12 +124,14 @@ class History:
 
     def stops(self) -> None:
         """The worker is stopped."""
-        self._stopped_at = self.now
+        self._stopped_at = min(self._stopped_at, self.now)
 
     # ---- The worker's account of its jobs
 
     def add(self, job_id: str) -> None:
         self.active.add(job_id)
+        if len(self.active) > self._most:
+            self.violated(f"{len(self.active)} jobs for {self._most} places")
 
     def remove(self, job_id: str) -> None:
         self.active.remove(job_id)
@@ -110,25 +142,16 @@ class History:
         """Return a handler that records its jobs."""
 
         async def recorded(job: Job) -> AsyncGenerator[Output, None]:
-            run = Run(job["id"], self.now)
-            if previous := self._latest.get(run.job_id):
-                previous.ended = min(previous.ended, self.now)
+            run = Run(job["id"], self.now, current_usage.get())
             self._runs.append(run)
             self._latest[run.job_id] = run
-            self._generating += 1
-            places = self.plan.capacity + self.plan.capacity // 16
-            if self._generating > places:
-                self.violated(f"the worker hoards: {self._generating} jobs for {places} places")
-            most = self.plan.settings["max_concurrency"]
-            if most and self._generating > most:
-                self.violated(f"{self._generating} jobs at once, MAX_CONCURRENCY={most}")
             try:
                 async with aclosing(handler(job)) as outputs:
                     async for output in outputs:
                         run.outputs.append(output)
                         yield output
             finally:
-                self._generating -= 1
+                run.is_open = False
 
         return recorded
 
@@ -140,18 +163,24 @@ class History:
 
     def asked(self, most: int) -> None:
         """The worker asks for jobs."""
-        if most > self.plan.settings["job_batch_size"]:
-            self.violated(f"the worker asked for {most} jobs at once")
-        if self._engine.waiting:
-            self.violated("the worker asked for jobs while requests wait in its engine")
-        if self._stopping.is_set():
-            self.violated("the worker asked for jobs after it was stopped")
-        if self.now - self._too_many_requests < TOO_MANY_REQUESTS_SECONDS - 0.1:
+        load, starting = self._engine.load(), sum(run.is_starting for run in self._runs)
+        places = load.capacity + load.capacity // 16
+        if starting + load.requests + most > places:
+            self.violated(f"the worker hoards: {starting}, {load.requests} and {most} jobs for {places} places")
+        if starting + most > self.plan.settings["job_batch_size"]:
+            self.violated(f"the worker asked for {most} jobs while {starting} are on their way")
+        if load.waiting or load.kv_cache >= 0.9:
+            self.violated("the worker asked for jobs while its engine is full")
+        if most > self._room():
+            self.violated("the worker asked for jobs for which there is no memory")
+        if self._stopping.is_set() or self._engine.is_dead:
+            self.violated("the worker asked for jobs after it was stopped, or its engine died")
+        if self.now - self._too_many_requests < TOO_MANY_REQUESTS_SECONDS:
             self.violated("the worker asked for jobs too soon after 429")
 
     def refused_jobs(self, status: int) -> None:
         """The worker gets an error instead of jobs."""
-        if status == TOO_MANY_REQUESTS:
+        if status == 429:
             self._too_many_requests = self.now
 
     def listens(self) -> None:
@@ -184,7 +213,7 @@ class History:
             return post
         if run.stopped is not None and self.now > run.stopped:
             self.violated(f"a post for {job_id}, which was stopped at {run.stopped:.3f} s")
-        if run.is_forgotten:
+        if run.is_unknown and run.posts[-1].route == "stream":
             self.violated(f"a post for {job_id}, which the platform has forgotten")
         self._check_order(run, post)
         run.posts.append(post)
@@ -194,71 +223,86 @@ class History:
         if not run.posts:
             return
         last = run.posts[-1]
-        if last.value == post.value and last.verdict is not Verdict.TAKEN:
-            if self.now - max(last.answered, self._stopped_at) > LEAVING_SECONDS + 0.01:
+        if last.value == post.value and last.verdict != "taken":
+            if self.now - max(last.answered, self._stopped_at) > LEAVING_SECONDS:
                 self.violated(f"{run.job_id} waits too long before its next attempt, while the worker is being stopped")
             return
-        if last.route == "done" and last.verdict is not Verdict.REFUSED:
+        if last.route == "done" and last.verdict == "taken":
             self.violated(f"{run.job_id} ends twice: a post after its result")
-        if post.route == "stream" and last.verdict is not Verdict.TAKEN:
-            self.violated(f"a hole: {run.job_id} posts a part after one that was not accepted")
-        if last.verdict is Verdict.AGAIN:
+        if last.verdict == "again" or (last.verdict == "unknown" and not run.is_unknown):
             self.violated(f"{run.job_id} gave up a post that it has to repeat")
+        if post.route == "stream" and last.verdict != "taken":
+            self.violated(f"a hole: {run.job_id} posts a part after one that was not accepted")
 
     # ---- At the end
 
-    def check(self, ended: float) -> None:
+    def check(self) -> None:
         """Check every run and every arrival, once the worker has ended."""
         for job_id, at in self._arrivals:
-            if not any(run.job_id == job_id and _answers(run, at) for run in self._runs):
+            if not any(run.job_id == job_id and self._is_answer(run, at) for run in self._runs):
                 self.violated(f"{job_id}, which arrived at {at:.3f} s, was dropped")
         for run in self._runs:
             self._check_parts(run)
-            if not self._has_ended(run, ended):
+            if not self._has_ended(run):
                 self.violated(f"{run.job_id}, which began at {run.began:.3f} s, has no end")
 
-    def _has_ended(self, run: Run, ended: float) -> bool:
+    @property
+    def _over(self) -> float:
+        """When the worker was stopped, or its engine died."""
+        return min(self._stopped_at, float("inf") if self.plan.dies_at is None else self.plan.dies_at)
+
+    def _is_answer(self, run: Run, at: float) -> bool:
+        """Return whether a run is the answer to a job that arrived at a time."""
+        if run.began >= at or run.ended < at:
+            return run.began >= at
+        return run.is_answered or run.ended - at >= AGAIN_SECONDS or run.ended >= self._over
+
+    def _has_ended(self, run: Run) -> bool:
         """Return whether a run ended in one of the ways that are allowed."""
-        done, last = run.of("done"), run.posts[-1] if run.posts else None
-        if run.stopped is not None or (done and done[-1].verdict is Verdict.TAKEN):
+        if run.stopped is not None or any(post.verdict == "taken" for post in run.of("done")):
             return True
-        dead = float("inf") if self.plan.dies_at is None else self.plan.dies_at
-        is_over = run.ended >= min(ended - 20.0, dead)
-        if last is None:
+        is_over = run.ended >= self._over
+        if not run.posts:
             return is_over and self.plan.settings["unfinished_jobs"] == "leave"
-        same = [post for post in run.posts if post.value == last.value]
-        if last.verdict is Verdict.REFUSED:
+        last = run.posts[-1]
+        if last.verdict == "refused" or run.is_unknown:
             # Only the refusal of an error is final.
-            return "error" in last.value and last.route == "done"
-        if run.is_forgotten:
-            return True
+            return "error" in last.value or (run.is_unknown and last.route == "stream")
         # An answer that has not arrived when the worker ends, or for longer than the deadline.
-        deadline = self.plan.settings["delivery_timeout"]
-        is_late = last.sent - same[0].sent >= deadline - POST_SECONDS - 10.0
-        return last.verdict is not Verdict.TAKEN and (is_over or is_late)
+        first = next(post for post in run.posts if post.value == last.value)
+        is_late = last.sent - first.sent >= self.plan.settings["delivery_timeout"] - ATTEMPT_SECONDS
+        return last.verdict != "taken" and (is_over or is_late)
 
     def _check_parts(self, run: Run) -> None:
         """The parts are the first ones of the result, all of them unless one was refused, and have no holes."""
-        parts = [post.value["output"] for post in run.of("stream", Verdict.TAKEN)]
+        parts = [post.value["output"] for post in run.of("stream", "taken")]
         results = [post.value["output"] for post in run.of("done") if "output" in post.value]
         for result in results:
             if parts != result[: len(parts)]:
                 self.violated(f"the parts of {run.job_id} are not the beginning of its result")
-            if len(parts) < len(result) and not run.of("stream", Verdict.REFUSED):
+            if len(parts) < len(result) and not run.of("stream", "refused"):
                 self.violated(f"{run.job_id} has a result with more parts than its stream")
         planned = next(job for job in self.plan.jobs if job.job_id == run.job_id)
+        has_error = not results or _has_error(results[-1])
+        if has_error and self._must_succeed(run, planned):
+            self.violated(f"{run.job_id} failed without a reason")
         numbers = _numbers(results[-1] if results else parts)
         if planned.form == "value":
+            if not has_error and numbers != [planned.events]:
+                self.violated(f"the result of {run.job_id} is wrong")
             return
         if numbers != list(range(len(numbers))) or len(numbers) > planned.events:
             self.violated(f"the events of {run.job_id} have holes: {numbers}")
-        if results and not _has_error(results[-1]) and len(numbers) < planned.events:
+        if not has_error and len(numbers) < planned.events:
             self.violated(f"the result of {run.job_id} is incomplete")
 
-
-def _answers(run: Run, at: float) -> bool:
-    """Return whether a run is the answer to a job that arrived at a time. A stopped run is none to a later arrival."""
-    return run.began >= at or (run.ended >= at and run.stopped is None)
+    def _must_succeed(self, run: Run, planned: JobPlan) -> bool:
+        """Return whether nothing has happened that may fail a job."""
+        done = run.of("done")
+        is_disturbed = any(post.verdict in ("refused", "unknown") for post in run.posts) or run.stopped is not None
+        is_limited = self.plan.settings["request_timeout"] is not None
+        may_fail = planned.ending != "complete" or planned.form == "invalid"
+        return bool(done) and done[0].sent < self._over and not (is_disturbed or is_limited or may_fail)
 
 
 def _events(output: list[Any]) -> list[Any]:

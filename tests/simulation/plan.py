@@ -23,6 +23,8 @@ class JobPlan:
     gap: float
     """Seconds between two events of the engine."""
     ending: Ending
+    requests: int
+    """How many requests of the engine it needs."""
     is_deaf: bool
     """Whether the engine does not notice that its client leaves, until it is cancelled."""
     stop_at: float | None
@@ -55,6 +57,8 @@ class Plan:
     settings: dict[str, Any]
     capacity: int
     """Requests that the engine runs at once."""
+    kv_cache: float
+    """The share of the KV cache that each of them takes."""
     dies_at: float | None
     stopped_at: float | None
     """When the worker gets SIGTERM."""
@@ -116,6 +120,7 @@ def plan_of(seed: int) -> Plan:
                 events=rng.choice((0, 1, 2, 3, 5, 8)),
                 gap=between(0.001, 1),
                 ending=rng.choices(("complete", "error", "exception", "silent"), (12, 1, 1, 1))[0],
+                requests=rng.choice((1, 1, 1, 3)),
                 is_deaf=chance(0.2),
                 stop_at=stop_at,
                 again_after=sometimes(0.5, between(0.0001, 1)) if stop_at else None,
@@ -138,6 +143,7 @@ def plan_of(seed: int) -> Plan:
             "max_total_request_bytes": rng.choice((1, 40_000_000, 1 << 30)),
         },
         capacity=rng.choice((1, 2, 3, 16)),
+        kv_cache=rng.choice((0.0, 0.0, 0.05, 0.3)),
         dies_at=sometimes(0.1, between(0.001, 10)),
         stopped_at=between(0.001, 20) if may_hang or chance(0.3) else None,
         latency=rng.choice((0.0, 0.001, 0.05)),

@@ -47,7 +47,7 @@ class SimulatedPlatform:
         self._moved = asyncio.Event()
         self._open: set[asyncio.Future[None]] = set()
         self._pending = 0
-        """Changes of jobs that are planned and have not happened."""
+        """Changes of jobs that are planned and have not happened, and jobs on their way to the worker."""
         for job in self._jobs.values():
             self._plan_job(job)
 
@@ -206,6 +206,7 @@ class SimulatedPlatform:
         finally:
             await race.end(taking)
         self._history.refused_jobs(answer.status)
+        self._pending -= len(given)
         for job in given:
             self._history.arrived(job.plan.job_id)
         return answer
@@ -219,6 +220,7 @@ class SimulatedPlatform:
         while self._queue and len(given) < batch:
             given.append(job := self._queue.popleft())
             job.state = "given"
+            self._pending += 1
         await self._travel(self._plan.latency)
         if not given:
             return Answer(self._rng.choice((200, 204, 400)))
@@ -227,6 +229,7 @@ class SimulatedPlatform:
 
     def _lose(self, given: list[_Job]) -> None:
         """Jobs that the worker never got come back to the queue."""
+        self._pending -= len(given)
         for job in given:
             self._at(self._loop.time() + RETRY_SECONDS, self._give_back, job)
 

@@ -41,13 +41,12 @@ def run(seed: int) -> list[str]:
 async def _run(plan: Plan, loop: VirtualLoop) -> list[str]:
     settings = Settings.model_validate(plan.settings)
     lifecycle, engine = Lifecycle(), Engine(plan)
-    history = History(plan, engine, lifecycle.stopping)
     pipeline = Pipeline(settings, lifecycle, TELEMETRY)
+    most = settings.concurrency(plan.capacity)
+    history = History(plan, engine, most, pipeline.memory.room, lifecycle.stopping)
     network = SimulatedPlatform(plan, history)
     platform = Platform(network, URLS, lifecycle.stopping, settings.delivery_timeout)
-    places = Places(
-        settings.concurrency(plan.capacity), settings.job_batch_size, engine.load, pipeline.memory.room, engine.reported
-    )
+    places = Places(most, settings.job_batch_size, engine.load, pipeline.memory.room, engine.reported)
     context = Context(lifecycle, settings, engine.died, places, lambda: None)
     handler = history.handler(JobHandler(engine.app, pipeline, settings).handle)
     lifecycle.ready(lambda: engine.is_dead)
@@ -84,7 +83,7 @@ async def _run(plan: Plan, loop: VirtualLoop) -> list[str]:
     else:
         history.violated("the worker does not end")
         await race.end(working)
-    history.check(loop.time())
+    history.check()
     await asyncio.sleep(END_SECONDS)
     _check_nothing_is_left(history, engine, pipeline)
     return history.violations

@@ -72,13 +72,12 @@ class Monitor:
         config = self._client.vllm_config
         capacity = config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size
         requests = self._client.output_processor.get_num_unfinished_requests()
-        if not self._stats:
-            return EngineLoad(capacity, requests, max(requests - capacity, 0))
         stats = self._stats.values()
         # The engine reports nothing after an abort that leaves it without requests.
-        waiting = min(sum(each.num_waiting_reqs for each in stats), requests)
-        kv_cache = sum(each.kv_cache_usage for each in stats) / len(stats) if requests else 0.0
-        return EngineLoad(capacity, requests, waiting, kv_cache)
+        running = min(sum(each.num_running_reqs for each in stats) if stats else capacity, requests)
+        waiting = min(sum(each.num_waiting_reqs for each in stats) if stats else requests, requests - running)
+        kv_cache = sum(each.kv_cache_usage for each in stats) / len(stats) if stats and requests else 0.0
+        return EngineLoad(capacity, requests, running, waiting, kv_cache)
 
 
 class _Collector(RequestOutputCollector):

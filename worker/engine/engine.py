@@ -65,7 +65,7 @@ class Engine:
         """Set at every output of the engine. Whoever waits for it clears it."""
         return self._monitor.reported
 
-    def load_now(self) -> EngineLoad:
+    def current_load(self) -> EngineLoad:
         """Return how many requests the engine has, how many of them wait, and how full its KV cache is."""
         return self._monitor.load()
 

@@ -38,16 +38,20 @@ class Delivery:
             self._posted()
 
     async def done(self) -> None:
-        """Post all outputs as the result. If the platform refuses them, the job fails with the reason."""
-        try:
-            await self._platform.done(self._job_id, {"output": self.outputs})
-        except ResultRefusedError as error:
-            log.warning("Job %s fails: %s", self._job_id, error)
-            await self.failed(json.dumps(error.error()))
+        """Post all outputs as the result."""
+        await self._end({"output": self.outputs})
 
     async def failed(self, reason: str) -> None:
         """Post an error as the result."""
+        await self._end({"error": reason})
+
+    async def _end(self, result: dict[str, Any]) -> None:
+        """Post a result. If the platform refuses it, the job fails with the reason."""
         try:
-            await self._platform.done(self._job_id, {"error": reason})
-        except ResultRefusedError as error:
-            log.error("Job %s has no result: the platform refused its error too: %s", self._job_id, error)
+            await self._platform.done(self._job_id, result)
+        except ResultRefusedError as refusal:
+            log.warning("Job %s fails: %s", self._job_id, refusal)
+            try:
+                await self._platform.done(self._job_id, {"error": json.dumps(refusal.error())})
+            except ResultRefusedError as error:
+                log.error("Job %s has no result: its error was refused too: %s", self._job_id, error)

@@ -6,6 +6,7 @@ and counts a queued job twice.
 
 import asyncio
 import functools
+import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import aclosing
@@ -13,17 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from worker import race
-from worker.errors import StartupError
+from worker.errors import JobError, StartupError
 from worker.lifecycle import ERROR_SECONDS, Lifecycle
 from worker.queue.delivery import Delivery
 from worker.queue.handler import Handler, Job
 from worker.queue.places import Places
 from worker.queue.platform import JobLostError, Platform
+from worker.request.pipeline import only_job_errors
 from worker.settings import Settings
 from worker.telemetry.logs import frames
+from worker.telemetry.usage import Usage, current_usage
 
 INSTANT_SECONDS = 0.2
 """The least time between two polls that change nothing."""
+
+AGAIN_SECONDS = 30.0
+"""A stop so soon after a job has arrived again belongs to the time before that."""
 
 LAST_JOBS_SECONDS = 0.5
 """How long to wait for jobs that are being transferred when the worker is stopped."""
@@ -59,10 +65,17 @@ class _Run:
     """One job that runs."""
 
     job: Job
-    again: Job | None = None
-    """The same job, which has arrived once more. It runs if this run is stopped."""
-    is_generating: bool = True
+    usage: Usage = field(default_factory=Usage)
+    again: tuple[Job, float] | None = None
+    """The same job, if it has arrived once more, and when."""
+    has_output: bool = False
+    has_ended: bool = False
+    """Whether its result was posted."""
     task: "asyncio.Task[None]" = field(init=False)
+
+    @property
+    def is_starting(self) -> bool:
+        return not (self.has_output or self.usage.has_reached_engine)
 
     @property
     def is_stopped(self) -> bool:
@@ -87,7 +100,7 @@ class JobLoop:
         """Take and run jobs until the worker is stopped, then give the running ones some time to finish.
 
         Raises:
-            EngineDiedError: the engine died; the running jobs have failed.
+            EngineDiedError: the engine died.
         """
         taking, listening = (asyncio.create_task(poll) for poll in (self._take_jobs(), self._stop_jobs()))
         for task in (taking, listening):
@@ -118,8 +131,10 @@ class JobLoop:
         # For the platform, jobs that are being transferred are taken.
         await asyncio.wait([taking], timeout=LAST_JOBS_SECONDS)
         await race.end(taking)
-        if self._runs:
-            await asyncio.wait([run.task for run in self._runs.values()], timeout=seconds)
+        clock = asyncio.get_running_loop().time
+        end = clock() + seconds
+        while self._runs and (left := end - clock()) > 0:
+            await asyncio.wait([run.task for run in self._runs.values()], timeout=left)
 
     async def _cancel_jobs(self) -> None:
         runs = dict(self._runs)
@@ -148,7 +163,9 @@ class JobLoop:
         stopping, changed = self._lifecycle.stopping, self._places.changed
         while not stopping.is_set():
             changed.clear()
-            if free := self._places.free(len(self._runs), sum(run.is_generating for run in self._runs.values())):
+            starting = sum(run.is_starting for run in self._runs.values())
+            free = 0 if self._lifecycle.state == "dead" else self._places.free(len(self._runs), starting)
+            if free:
                 return free
             await race.first(changed.wait(), stopping.wait())
         return 0
@@ -169,7 +186,7 @@ class JobLoop:
         job_id = job["id"]
         if run := self._runs.get(job_id):
             log.warning("Job %s arrived again while it runs; it gets one result", job_id)
-            run.again = job
+            run.again = job, asyncio.get_running_loop().time()
             return False
         run = self._runs[job_id] = _Run(job)
         run.task = asyncio.create_task(self._run(run))
@@ -184,36 +201,46 @@ class JobLoop:
         del self._runs[job_id]
         self._job_ids.remove(job_id)
         self._places.changed.set()
-        if run.is_stopped and run.again:
+        if run.again and not run.has_ended:
+            job, arrived = run.again
             # The platform has stopped the job and given it again. The two may arrive in either order.
-            self._begin(run.again)
+            if asyncio.get_running_loop().time() - arrived < AGAIN_SECONDS:
+                self._begin(job)
 
     async def _run(self, run: _Run) -> None:
         """Post a job's outputs one by one, then its result. Nothing is posted for a stopped job."""
+        job_id = run.job["id"]
+        delivery = Delivery(self._platform, job_id, self._context.posted)
+        current_usage.set(run.usage)
         try:
-            await self._answer(run)
+            with only_job_errors(job_id):
+                await self._answer(run, delivery)
         except JobLostError as error:
-            log.error("Job %s is cancelled: %s", run.job["id"], error)
+            log.error("Job %s is cancelled: %s", job_id, error)
+        except JobError as error:
+            await delivery.failed(json.dumps(error.error()))
 
-    async def _answer(self, run: _Run) -> None:
-        delivery, error = Delivery(self._platform, run.job["id"], self._context.posted), None
+    async def _answer(self, run: _Run, delivery: Delivery) -> None:
+        error = None
         async with aclosing(self._handler(run.job)) as outputs:
             async for output in outputs:
-                if not delivery.outputs and self._leaves_unfinished:
+                if not run.has_output and self._leaves_unfinished:
                     log.warning("Job %s is left to the platform, which may give it to another worker", run.job["id"])
                     return
+                run.has_output = True
                 if isinstance(output, dict) and (error := output.get("error")):
                     break
                 await delivery.part(output)
-        run.is_generating = False
         self._places.changed.set()
         await (delivery.failed(error) if error else delivery.done())
+        run.has_ended = True
 
     @property
     def _leaves_unfinished(self) -> bool:
-        """Whether jobs that have said nothing are left to the platform now."""
+        """Whether jobs that have said nothing are left to the platform now, because another worker may answer them."""
         is_over = self._lifecycle.over.is_set() or self._lifecycle.state == "dead"
-        return is_over and self._context.settings.unfinished_jobs == "leave"
+        may_help = self._lifecycle.state != "refused" and self._context.settings.unfinished_jobs == "leave"
+        return is_over and may_help
 
 
 async def _at_least_a_moment(poll: Awaitable[bool]) -> None:

@@ -27,14 +27,18 @@ class Places:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the number of free places may have changed."""
 
-    def free(self, jobs: int, generating: int) -> int:
-        """Return how many jobs to ask for, while the worker has `jobs`, of which `generating` have no result yet."""
+    def free(self, jobs: int, starting: int) -> int:
+        """Return how many jobs to ask for.
+
+        The worker has `jobs` now; `starting` of them are not in the engine yet.
+        """
         load = self.load()
         if load.waiting or load.kv_cache >= FULL_CACHE:
             return 0
-        on_their_way = max(generating - load.requests, 0)
-        engine = load.capacity + load.capacity // AHEAD - load.requests
+        # Requests that the engine has not reported yet may have to wait.
+        on_their_way = starting + load.requests - load.running
+        engine = load.capacity + load.capacity // AHEAD - load.running
         if load.kv_cache:
             # More requests like those that run now.
-            engine = min(engine, max(int(load.requests * (1 - load.kv_cache) / load.kv_cache), 1))
+            engine = min(engine, max(int(load.running * (1 - load.kv_cache) / load.kv_cache), 1))
         return max(min(min(self.batch, engine) - on_their_way, self.most - jobs, self.room()), 0)

@@ -20,6 +20,7 @@ from worker.backoff import Backoff
 from worker.errors import ResultRefusedError
 from worker.queue.handler import Job
 from worker.queue.transport import POST_SECONDS, NoAnswerError, Transport
+from worker.request.asgi import ClientDisconnectedError
 
 T = TypeVar("T")
 
@@ -28,7 +29,6 @@ HEADERS = {"Content-Type": "application/x-www-form-urlencoded", "charset": "utf-
 PART_BYTES = 1_000_000
 RESULT_BYTES = 20_000_000
 """The platform's limits."""
-TOO_LARGE = 413
 NO_JOB = (204, 400)
 """HTTP statuses for an empty queue. 400 has been seen with FlashBoot."""
 TOO_MANY_REQUESTS = 429
@@ -76,7 +76,7 @@ def verdict(status: int) -> Verdict:
             return Verdict.REFUSED if 400 <= status < 500 else Verdict.AGAIN
 
 
-class JobLostError(Exception):
+class JobLostError(ClientDisconnectedError):
     """Nobody waits for a job any more. The message is the reason."""
 
 
@@ -101,10 +101,10 @@ class Platform:
 
     async def stops(self) -> list[str]:
         """Wait for the ids of jobs to stop; none after some time or after a failure."""
-        if self._urls.stop is None:
+        if (url := self._urls.stop) is None:
             log.warning("The platform has no job-stop route: cancelled jobs run to their end")
-            await asyncio.Event().wait()
-        return await self._poll("job-stop", str(self._urls.stop), _stopped, self._listening)
+            return await asyncio.Future()
+        return await self._poll("job-stop", url, _stopped, self._listening)
 
     async def stream(self, job_id: str, output: Any) -> None:
         """Post one part of a stream.
@@ -116,7 +116,12 @@ class Platform:
         await self._post(self._urls.stream, job_id, {"output": output}, PART_BYTES, "false")
 
     async def done(self, job_id: str, result: dict[str, Any]) -> None:
-        """Post a job's result: `{"output": [every part]}` or `{"error": text}`. Raises like `stream`."""
+        """Post a job's result: `{"output": [every part]}` or `{"error": text}`.
+
+        Raises:
+            ResultRefusedError: the platform does not accept the result.
+            JobLostError: the platform was away for too long.
+        """
         await self._post(self._urls.done, job_id, result, RESULT_BYTES, "true")
 
     async def _poll(
@@ -149,7 +154,7 @@ class Platform:
         """Post until the platform takes it. Time in which the worker was frozen does not count for the deadline."""
         body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
         if len(body) > limit:
-            raise ResultRefusedError(len(body), TOO_LARGE)
+            raise ResultRefusedError(len(body))
         url, headers = f"{route.replace('$ID', job_id)}&isStream={is_stream}", {**HEADERS, "X-Request-ID": job_id}
         clock, backoff = asyncio.get_running_loop().time, Backoff(first=0.2, most=10.0)
         spent, unknown = 0.0, 0
@@ -168,8 +173,10 @@ class Platform:
             if answer is Verdict.REFUSED:
                 raise ResultRefusedError(len(body), status)
             unknown = unknown + 1 if answer is Verdict.FORGOTTEN else 0
-            if unknown == FORGOTTEN_ANSWERS:
+            if unknown == FORGOTTEN_ANSWERS and route == self._urls.stream:
                 raise JobLostError("the platform does not know it any more")
+            if unknown == FORGOTTEN_ANSWERS:
+                raise ResultRefusedError(len(body), status)
             if not spent:
                 log.warning("Job %s: the platform did not accept a post (%s); trying again", job_id, problem)
             await self._pause(backoff.next())

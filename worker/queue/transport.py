@@ -14,7 +14,7 @@ POLL_SECONDS = 90.0
 BODY_SECONDS = 120.0
 """How long the jobs in an answer may take to arrive."""
 POST_SECONDS = 60.0
-"""How long a post may take until the beginning of its answer."""
+"""How long a post may take."""
 ANSWER_SECONDS = 5.0
 ANSWER_BYTES = 1_000_000
 """How long, and how far, the body of a post's answer is read. After it the connection can be used again."""

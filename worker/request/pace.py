@@ -7,16 +7,16 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 STREAMS = 32
-"""So many streams add the shortest window to the longest one."""
+"""With so many more streams, the longest window has the length of one more shortest window."""
 LONGEST = 4
-"""How many times the shortest window the longest one is at most."""
+"""The most that the longest window becomes, in shortest windows."""
 
 
 class Pace:
     """The pace of one stream: the first part at once, then after windows of 1, 2, 4, … times `shortest` seconds.
 
     A reader notices a delay in the first words and none in the tenth line. How long the windows become follows the
-    number of `streams` that run: up to `shortest` for one, four times that for 96 and more.
+    number of `streams` that run: up to `shortest` for one, up to four times that for 97 and more.
     """
 
     def __init__(self, shortest: float, streams: Callable[[], int] = lambda: 1) -> None:
@@ -30,7 +30,7 @@ class Pace:
 
     def sent(self, now: float) -> None:
         """Note that a part was sent."""
-        longest = self._shortest * min(1 + self._streams() / STREAMS, LONGEST)
+        longest = self._shortest * min(1 + max(self._streams() - 1, 0) / STREAMS, LONGEST)
         self._window = min(self._window, longest)
         self._due = now + self._window
         self._window *= 2

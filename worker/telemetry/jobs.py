@@ -126,15 +126,17 @@ class Telemetry:
         If `headers` name the caller's span, it becomes the parent of the job's span.
         """
         span = self._tracer.start_span("job", _PROPAGATOR.extract(headers), SpanKind.SERVER)
-        record = Record(request_id, route)
+        # The job loop sets the usage of a queue job, to see when the job reaches the engine.
+        record = Record(request_id, route, usage=current_usage.get() or Usage())
         _PROPAGATOR.inject(record.trace_headers, trace.set_span_in_context(span))
-        current_usage.set(record.usage)
+        token = current_usage.set(record.usage)
         self.running += 1
         try:
             yield record
         finally:
             self.running -= 1
             self.ended += 1
+            current_usage.reset(token)
             span.set_attributes({"request_id": request_id, "route": record.route, "outcome": record.outcome})
             span.end()
             self._report(record)

@@ -36,7 +36,9 @@ class EngineLoad:
     capacity: int = 1_000_000
     """The most requests that it runs at once."""
     requests: int = 0
-    """Requests that it has, running and waiting."""
+    """Requests that were sent to it and have not ended."""
+    running: int = 0
+    """Those that run, according to its last report."""
     waiting: int = 0
     """Those that wait to be scheduled, according to its last report."""
     kv_cache: float = 0.0
@@ -60,6 +62,11 @@ class Usage:
         self.fetches: list[Fetch] = []
         self.rejections: list[Rejection] = []
         """The reasons for which media were rejected."""
+
+    @property
+    def has_reached_engine(self) -> bool:
+        """Whether the job has had any request in the engine."""
+        return bool(self._requests)
 
     def add(self, request: Callable[[], EngineUsage]) -> None:
         """Add a request. Its usage is read whenever the total is, also after its end."""
