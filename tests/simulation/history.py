@@ -167,7 +167,8 @@ class History:
         places = load.capacity + load.capacity // 16
         if starting + load.requests + most > places:
             self.violated(f"the worker hoards: {starting}, {load.requests} and {most} jobs for {places} places")
-        if starting + most > self.plan.settings["job_batch_size"]:
+        batch = self.plan.settings["job_batch_size"]
+        if most > batch or starting + most > 2 * batch:
             self.violated(f"the worker asked for {most} jobs while {starting} are on their way")
         if load.waiting or load.kv_cache >= 0.9:
             self.violated("the worker asked for jobs while its engine is full")

@@ -231,7 +231,6 @@ class JobLoop:
                 if isinstance(output, dict) and (error := output.get("error")):
                     break
                 await delivery.part(output)
-        self._places.changed.set()
         await (delivery.failed(error) if error else delivery.done())
         run.has_ended = True
 

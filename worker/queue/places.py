@@ -8,6 +8,8 @@ from worker.telemetry.usage import EngineLoad
 
 AHEAD = 16
 """For every 16 requests that the engine runs, one more job may wait. It takes the place of the next that ends."""
+BATCHES = 2
+"""How many batches may be on their way into the engine: one travels while the engine begins the other."""
 FULL_CACHE = 0.9
 """The share of the KV cache from which on no more jobs are taken."""
 
@@ -19,7 +21,7 @@ class Places:
     most: int
     """The most jobs at once."""
     batch: int
-    """The most jobs that may be on their way into the engine, and so the most to ask for at once."""
+    """The most jobs to ask for at once."""
     load: Callable[[], EngineLoad] = EngineLoad
     """Returns what the engine does now."""
     room: Callable[[], int] = lambda: 1_000_000
@@ -41,4 +43,5 @@ class Places:
         if load.kv_cache:
             # More requests like those that run now.
             engine = min(engine, max(int(load.running * (1 - load.kv_cache) / load.kv_cache), 1))
-        return max(min(min(self.batch, engine) - on_their_way, self.most - jobs, self.room()), 0)
+        begins = min(BATCHES * self.batch, engine) - on_their_way
+        return max(min(self.batch, begins, self.most - jobs, self.room()), 0)

@@ -54,7 +54,7 @@ class Settings(BaseModel):
     """The most requests at once. Default: twice the engine's `max_num_seqs`, but at most 512 over HTTP, and 250 from
     the queue."""
     job_batch_size: int = Field(default=16, ge=1)
-    """The most jobs that a worker asks the queue for at once, and that may be on their way into its engine."""
+    """The most jobs that a worker asks the queue for at once. Up to twice as many are on their way into its engine."""
     delivery_timeout: float = Field(default=900.0, gt=0)
     """Seconds for which a part or a result is posted again while RunPod does not accept it. Then the job is
     cancelled."""
