@@ -235,6 +235,8 @@ def test_a_job_error_is_the_response_with_its_status() -> None:
     "app",
     [
         pytest.param(answering(b'{"error": {"message": "EngineCore encountered an issue."}}', 500), id="not streaming"),
+        pytest.param(raising(LookupError(SECRET), begun=False), id="exception"),
+        pytest.param(raising(LookupError(SECRET), begun=True), id="exception during a stream"),
         pytest.param(
             streaming(1, last=sse.event({"error": {"message": "EngineCore encountered an issue.", "code": 500}})),
             id="streaming",

@@ -24,6 +24,7 @@ class Engine:
         self._capacity = plan.capacity
         self._kv_cache = plan.kv_cache
         self._dead = asyncio.Event()
+        self.died_at = float("inf")
         self.running: list[str] = []
         self.waiting: dict[asyncio.Future[None], str] = {}
         self.reported = asyncio.Event()
@@ -41,6 +42,7 @@ class Engine:
         return EngineLoad(self._capacity, running + waiting, running, waiting, kv_cache)
 
     def die(self) -> None:
+        self.died_at = asyncio.get_running_loop().time()
         self._dead.set()
 
     @property

@@ -250,7 +250,7 @@ class History:
     @property
     def _over(self) -> float:
         """When the worker was stopped, or its engine died."""
-        return min(self._stopped_at, float("inf") if self.plan.dies_at is None else self.plan.dies_at)
+        return min(self._stopped_at, self._engine.died_at)
 
     def _is_answer(self, run: Run, at: float) -> bool:
         """Return whether a run is the answer to a job that arrived at a time."""

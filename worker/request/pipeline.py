@@ -101,7 +101,8 @@ class ErrorBoundary:
             with only_job_errors(header(scope, b"x-request-id").decode("latin-1")):
                 await self._app(scope, receive, response.send)
         except JobError as error:
-            await response.fail(error)
+            is_caused_by_death = error.status >= 500 and self._lifecycle.state == "dead"
+            await response.fail(self._lifecycle.error() if is_caused_by_death else error)
 
 
 class _Response:
