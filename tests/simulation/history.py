@@ -303,6 +303,9 @@ class History:
         is_disturbed = any(post.verdict in ("refused", "unknown") for post in run.posts) or run.stopped is not None
         is_limited = self.plan.settings["request_timeout"] is not None
         may_fail = planned.ending != "complete" or planned.form == "invalid"
+        # A job that runs again does not wait for memory.
+        is_again = next(each for each in self._runs if each.job_id == run.job_id) is not run
+        may_fail = may_fail or (is_again and self._room() < 2)
         return bool(done) and done[0].sent < self._over and not (is_disturbed or is_limited or may_fail)
 
 

@@ -177,6 +177,7 @@ class SimulatedPlatform:
             if job in self._queue:
                 self._queue.remove(job)
             job.state = "ended"
+            self._history.changed.set()
         return 200
 
     # ---- Long polls
