@@ -135,7 +135,8 @@ class History:
 
     def remove(self, job_id: str) -> None:
         self.active.remove(job_id)
-        self._latest[job_id].ended = min(self._latest[job_id].ended, self.now)
+        if run := self._latest.get(job_id):
+            run.ended = min(run.ended, self.now)
         self.changed.set()
 
     def handler(self, handler: Handler) -> Handler:

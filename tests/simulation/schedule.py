@@ -51,6 +51,8 @@ async def _run(plan: Plan, loop: VirtualLoop) -> list[str]:
     handler = history.handler(JobHandler(engine.app, pipeline, settings).handle)
     lifecycle.ready(lambda: engine.is_dead)
 
+    loop.set_exception_handler(lambda _, context: history.violated(f"{context['message']}: {context.get('exception')}"))
+
     def freeze(seconds: float) -> None:
         if not lifecycle.stopping.is_set():
             loop.jump(seconds)
