@@ -13,9 +13,9 @@ def test_the_first_part_is_sent_at_once() -> None:
     ("streams", "expected"),
     [
         pytest.param(1, [25, 25, 25, 25], id="one"),
-        pytest.param(8, [25, 30.5, 30.5, 30.5], id="few"),
-        pytest.param(32, [25, 49.2, 49.2, 49.2], id="some"),
-        pytest.param(97, [25, 50, 100, 100], id="many"),
+        pytest.param(8, [25, 31.25, 31.25, 31.25], id="few"),
+        pytest.param(32, [25, 50, 52.7, 52.7], id="some"),
+        pytest.param(85, [25, 50, 100, 100], id="many"),
         pytest.param(500, [25, 50, 100, 100], id="very many"),
     ],
 )

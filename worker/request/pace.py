@@ -6,7 +6,7 @@ Tokens that are generated while a stream waits become one part, so a fast stream
 from collections.abc import Callable
 from contextvars import ContextVar
 
-STREAMS = 32
+STREAMS = 28
 """With so many more streams, the longest window has the length of one more shortest window."""
 LONGEST = 4
 """The most that the longest window becomes, in shortest windows."""
@@ -16,7 +16,7 @@ class Pace:
     """The pace of one stream: the first part at once, then after windows of 1, 2, 4, … times `shortest` seconds.
 
     A reader notices a delay in the first words and none in the tenth line. How long the windows become follows the
-    number of `streams` that run: up to `shortest` for one, up to four times that for 97 and more.
+    number of `streams` that run: up to `shortest` for one, up to four times that for 85 and more.
     """
 
     def __init__(self, shortest: float, streams: Callable[[], int] = lambda: 1) -> None:
