@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests.support.clock import run_on_virtual_clock
+from tests.support.urls import URLS
 from worker.queue.delivery import Delivery
-from worker.queue.platform import FORGOTTEN_ANSWERS, JobLostError, Platform, Urls
+from worker.queue.platform import FORGOTTEN_ANSWERS, JobLostError, Platform
 from worker.queue.transport import POST_SECONDS, Answer, NoAnswerError
 
-URLS = Urls("take?", "take-batch?", "stop?", "stream/$ID?", "done/$ID?")
 DEADLINE = 900.0
 
 

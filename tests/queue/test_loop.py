@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from tests.support.clock import run_on_virtual_clock
+from tests.support.urls import URLS
 from worker.lifecycle import Lifecycle
 from worker.queue.handler import Job, Output
 from worker.queue.loop import AGAIN_SECONDS, Context, JobLoop
 from worker.queue.places import Places
-from worker.queue.platform import Platform, Urls
+from worker.queue.platform import Platform
 from worker.queue.transport import Answer
 from worker.settings import Settings
 
-URLS = Urls("take?", "take?", "stop?", "stream/$ID?", "done/$ID?")
 JOB: Job = {"id": "job", "input": {}}
 
 

@@ -25,20 +25,16 @@ def main(arguments: Sequence[str]) -> int:
     began, found, done = time.monotonic(), 0, 0
     seeds = range(options.first, options.first + options.schedules)
     with multiprocessing.Pool(options.processes, logging.disable) as pool:
-        for seed, violations in pool.imap(_run, seeds, CHUNK):
+        for violation in pool.imap(schedule.first_violation, seeds, CHUNK):
             done += 1
-            if violations:
+            if violation:
                 found += 1
-                _print(f"Seed {seed}: {violations[0]}. Replay it: python -m tests.simulation --replay {seed}")
+                _print(violation)
             if found >= SHOWN:
                 break
     seconds = time.monotonic() - began
     _print(f"{done} schedules (seeds {seeds[0]} to {seeds[0] + done - 1}) in {seconds:.0f} s, {found} with violations")
     return 1 if found else 0
-
-
-def _run(seed: int) -> tuple[int, list[str]]:
-    return seed, schedule.run(seed)
 
 
 def _replay(seed: int) -> int:

@@ -11,12 +11,10 @@ from typing import Any, Literal, TypeVar
 from tests.simulation.history import History
 from tests.simulation.plan import JobPlan, Plan
 from worker import race
-from worker.queue.platform import Urls
 from worker.queue.transport import Answer, NoAnswerError
 
 T = TypeVar("T")
 
-URLS = Urls("take?", "take?", "stop?", "stream/$ID?", "done/$ID?")
 HOLD_SECONDS = 20.0
 RETRY_SECONDS = 40.0
 """After which a job is queued again whose answer was lost on its way to the worker."""

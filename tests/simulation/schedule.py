@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry
 from tests.simulation.engine import Engine
 from tests.simulation.history import History
 from tests.simulation.plan import Plan, plan_of
-from tests.simulation.platform import URLS, SimulatedPlatform
+from tests.simulation.platform import SimulatedPlatform
 from tests.support.clock import VirtualLoop
+from tests.support.urls import URLS
 from worker import race
 from worker.errors import EngineDiedError
 from worker.lifecycle import Lifecycle
@@ -36,6 +37,13 @@ def run(seed: int) -> list[str]:
         loop = runner.get_loop()
         assert isinstance(loop, VirtualLoop)
         return runner.run(_run(plan_of(seed), loop))
+
+
+def first_violation(seed: int) -> str | None:
+    """Run the schedule of a seed, and return its first violation and how to replay it; None without one."""
+    if not (violations := run(seed)):
+        return None
+    return f"Seed {seed}: {violations[0]}. Replay it: python -m tests.simulation --replay {seed}"
 
 
 async def _run(plan: Plan, loop: VirtualLoop) -> list[str]:
