@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 Json = dict[str, Any]
-Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout"]
+Rejection = Literal["too_large", "refused", "refused_by_server", "invalid", "unreachable", "timeout", "busy"]
 
 
 class StartupError(Exception):
@@ -90,6 +90,23 @@ class UnauthorizedError(JobError, status=401, type="AuthenticationError", header
         )
 
 
+class HostNotAllowedError(JobError, status=403, type="PermissionDeniedError"):
+    """The Host header names a host that is not the worker's. Web pages that attack local servers send such requests."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The Host header is not in ALLOWED_HOSTS. A worker that listens on a loopback address without "
+            "WORKER_API_KEY accepts no other name. Add the name to ALLOWED_HOSTS, or set WORKER_API_KEY."
+        )
+
+
+class HeadTooLargeError(JobError, status=431, type="BadRequestError", headers={"connection": "close"}):
+    """The request line and the headers are too large or too many."""
+
+    def __init__(self, size: int, count: int) -> None:
+        super().__init__(f"The request has more than {size} bytes or {count} headers before its body. Send fewer.")
+
+
 class BodyTooLargeError(JobError, status=413, type="BadRequestError", headers={"connection": "close"}):
     """The request body is too large."""
 
@@ -110,18 +127,35 @@ class BusyError(JobError, status=429, type="RateLimitError", headers={"retry-aft
     """The worker has as many requests, or as many bytes of them, as it accepts."""
 
 
-class BodyMemoryError(BusyError, headers={"retry-after": "1", "connection": "close"}):
-    """The bodies of the running requests leave no memory for another one."""
+class MemoryBusyError(BusyError, headers={"retry-after": "1", "connection": "close"}):
+    """The other requests leave too little memory for this one."""
 
     def __init__(self, held: int, limit: int) -> None:
         super().__init__(
-            f"The worker holds {held / 1e6:.0f} MB of request bodies, and MAX_TOTAL_REQUEST_BYTES={limit} leaves no "
-            "room for this one. Try again in a second, or send links to media instead of base64."
+            f"The requests of this worker hold {held / 1e6:.0f} MB, and MAX_TOTAL_REQUEST_BYTES={limit} leaves no room "
+            "for this one. Try again in a second, or send fewer or smaller media."
+        )
+
+
+class MemoryExceededError(JobError, status=413, type="BadRequestError", headers={"connection": "close"}):
+    """The request needs more memory than all requests together may have."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The request, with its decoded media, needs more memory than MAX_TOTAL_REQUEST_BYTES={limit} allows. "
+            "Send fewer or smaller media, or raise the limit."
         )
 
 
 class UnavailableError(JobError, status=503, type="ServiceUnavailableError", headers={"retry-after": "5"}):
     """The worker cannot answer now: it is starting or stopping, or its engine has died."""
+
+
+class TooManyConnectionsError(UnavailableError, headers={"retry-after": "5", "connection": "close"}):
+    """All connections that the worker accepts have requests."""
+
+    def __init__(self) -> None:
+        super().__init__("The worker has no connection left. Try again in a few seconds.")
 
 
 LOADING = "The worker is loading its model. Try again in a few seconds."
@@ -148,6 +182,10 @@ class RefusedLinkError(MediaError, status=403, type="PermissionDeniedError", rea
 
 class MediaTooLargeError(MediaError, status=413, reason="too_large"):
     """The media exceed a limit: bytes, pixels, seconds or number of parts."""
+
+
+class MediaBusyError(MediaError, status=429, type="RateLimitError", reason="busy", headers={"retry-after": "1"}):
+    """The other requests leave no memory for these media."""
 
 
 class LinkServerRefusedError(MediaError, status=422, type="UnprocessableEntityError", reason="refused_by_server"):

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -15,11 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from worker.http.gate import Gate
 from worker.http.own_routes import OwnRoutes
+from worker.http.protocol import LIMITS, Limits
 from worker.http.server import HttpServer
 from worker.lifecycle import Lifecycle
 from worker.request.asgi import App, Receive, Send
 from worker.request.pipeline import Pipeline
 from worker.settings.settings import Settings
+from worker.settings.sources import Variables
 from worker.telemetry.jobs import Telemetry
 from worker.telemetry.startup_phases import StartupPhases
 
@@ -68,7 +70,7 @@ class Endless:
 class ServedWorker:
     """The parts of a worker behind its HTTP server."""
 
-    def __init__(self, engine: App, concurrency: int, settings: Settings, body_seconds: float) -> None:
+    def __init__(self, engine: App, concurrency: int, settings: Settings, body_seconds: float, limits: Limits) -> None:
         registry = CollectorRegistry()
         self.lifecycle = Lifecycle()
         self.telemetry = Telemetry("model", registry)
@@ -78,7 +80,7 @@ class ServedWorker:
         self.gate = Gate(own_routes, self.lifecycle, self.telemetry, settings, pipeline, body_seconds=body_seconds)
         self.engine = engine
         self.concurrency = concurrency
-        self.server = HttpServer(self.gate, [0], host="127.0.0.1")
+        self.server = HttpServer(self.gate, [0], "127.0.0.1", limits)
         (self.port,) = self.server.ports
 
     def become_ready(self) -> None:
@@ -93,6 +95,11 @@ class ServedWorker:
             self.lifecycle.over.set()
 
         self.server.run(end())
+
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return len(self.server._server.server_state.connections)
 
     @property
     def url(self) -> str:
@@ -130,12 +137,14 @@ def serving(
     *,
     ready: bool = True,
     body_seconds: float = 60.0,
+    limits: Limits = LIMITS,
+    variables: dict[str, str] | None = None,
     **settings: Any,
 ) -> Iterator[ServedWorker]:
-    """Serve a worker in HTTP mode, with `settings` by field name."""
-    worker = ServedWorker(
-        engine, concurrency, Settings.model_validate({"worker_mode": "http", **settings}), body_seconds
-    )
+    """Serve a worker in HTTP mode, with `settings` by field name and the `variables` of vLLM's flags."""
+    read = Settings.model_validate({"worker_mode": "http", **settings})
+    read._variables = Variables(variables or {}, {})
+    worker = ServedWorker(engine, concurrency, read, body_seconds, limits)
     with worker.server:
         if ready:
             worker.become_ready()
@@ -159,10 +168,18 @@ def upload(worker: ServedWorker, header: str, body: bytes = b"") -> Iterator[soc
         yield connection
 
 
+def send_all(connection: socket.socket, data: bytes) -> None:
+    """Send `data`, or as much of it as the server takes before it closes the connection."""
+    with suppress(ConnectionError):
+        connection.sendall(data)
+
+
 def read_all(connection: socket.socket) -> bytes:
+    """Read until the server closes the connection, or resets it."""
     parts = []
-    while part := connection.recv(65536):
-        parts.append(part)
+    with suppress(ConnectionError):
+        while part := connection.recv(65536):
+            parts.append(part)
     return b"".join(parts)
 
 

@@ -206,13 +206,17 @@ def test_an_incomplete_body_never_reaches_the_engine() -> None:
     assert bodies == [b"{}"]
 
 
-def test_the_memory_of_bodies_that_are_being_received_is_bounded() -> None:
-    with serving(max_total_request_bytes=1_000_000) as worker, ExitStack() as stack:
-        for _ in range(2):
-            connection = stack.enter_context(upload(worker, "Content-Length: 900000", b"x" * 700_000))
-            wait_until("the worker holds one of the bodies", lambda: worker.memory.held == 700_000)
-        assert b"MAX_TOTAL_REQUEST_BYTES=1000000" in read_all(connection)
-        assert worker.post().status_code == 200
+def test_an_upload_waits_while_others_hold_the_memory() -> None:
+    with (
+        serving(max_total_request_bytes=1_000_000) as worker,
+        upload(worker, "Content-Length: 900000", b"x" * 700_000) as first,
+    ):
+        wait_until("the worker holds the first body", lambda: worker.memory.held == 700_000)
+        with upload(worker, "Content-Length: 900000", b"x" * 700_000) as second:
+            wait_until("the worker holds a part of the second", lambda: worker.memory.held > 900_000)
+            first.close()
+            second.sendall(b"x" * 200_000)
+            assert second.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def test_a_declared_body_takes_no_memory_before_it_arrives() -> None:
@@ -232,14 +236,11 @@ def test_the_memory_of_the_bodies_of_running_requests_is_bounded() -> None:
         ThreadPoolExecutor(8) as pool,
     ):
         posts = [pool.submit(worker.post, json=None, content=bytes(19_000_000)) for _ in range(8)]
-        wait_until(
-            "one request runs and seven are refused",
-            lambda: sum(post.done() for post in posts) == 7 and worker.gate.running == 1,
-        )
-        assert (worker.gate.running, worker.memory.held) == (1, 19_000_000)
+        wait_until("one request runs; the others wait or are refused", lambda: worker.gate.running == 1)
+        assert 19_000_000 <= worker.memory.held <= 20_000_000
         worker.end_requests()
-        assert sorted(post.result().status_code for post in posts) == [429] * 7 + [503]
-        assert (worker.gate.running, worker.memory.held) == (0, 0)
+        assert {post.result().status_code for post in posts} <= {429, 503}
+        wait_until("no memory is held", lambda: (worker.gate.running, worker.memory.held) == (0, 0))
 
 
 # ---- Load and disconnects

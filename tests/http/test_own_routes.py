@@ -31,6 +31,17 @@ def test_ping_and_health_show_the_state() -> None:
         assert statuses() == (503, 503, "refused")
 
 
+@pytest.mark.parametrize("path", ["/ping", "/health"])
+def test_head_answers_like_get_without_a_body(path: str) -> None:
+    with serving(worker_api_key="key") as worker, httpx.Client(base_url=worker.url, timeout=10) as client:
+        for _ in range(2):
+            head, get = client.head(path), client.get(path)
+            assert (head.status_code, head.content, head.headers["content-length"]) == (
+                get.status_code, b"", get.headers["content-length"],
+            )  # fmt: skip
+        assert client.head("/metrics", headers={"authorization": "Bearer key"}).status_code == 405
+
+
 def test_info_hides_keys() -> None:
     with serving(worker_api_key="hush-hush", vllm_extra_args="--api-key hush-hush") as worker:
         info = worker.get("/info", headers={"authorization": "Bearer hush-hush"})
@@ -74,6 +85,10 @@ def test_every_response_matches_the_openapi_document(
     worker, client, document = fuzzed
     worker.lifecycle._state = state
     response = client.request(method, path, params=query, headers=headers, content=body)
+    if method == "HEAD" and path in ("/ping", "/health"):
+        assert response.status_code == client.get(path).status_code
+        assert not response.content
+        return
     if method != "GET":
         assert response.status_code == 405
         assert response.headers["allow"] == "GET"

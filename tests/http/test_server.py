@@ -31,7 +31,7 @@ PROGRAM = """
         lines = [line for table in ("tcp", "tcp6") for line in Path(f"/proc/self/net/{table}").read_text().splitlines()]
         return sum(line.split()[9] in inodes for line in lines[1:])
 
-    with HttpServer(app, [0]) as server:
+    with HttpServer(app, [0], "127.0.0.1") as server:
         client = http.client.HTTPConnection("127.0.0.1", server.ports[0], timeout=10)
         client.request("GET", "/")
         answers = [client.getresponse().read().decode()]
@@ -50,7 +50,7 @@ PROGRAM = """
 
 
 def test_the_server_listens_on_all_its_ports() -> None:
-    with serving() as worker, HttpServer(worker.gate, [0, free_port()], host="127.0.0.1") as server:
+    with serving() as worker, HttpServer(worker.gate, [0, free_port()], "127.0.0.1") as server:
         assert [httpx.get(f"http://127.0.0.1:{port}/ping").status_code for port in server.ports] == [200, 200]
 
 
@@ -59,7 +59,20 @@ def test_a_port_in_use_is_a_configuration_error() -> None:
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(ConfigurationError, match="cannot be opened: Address already in use"),
     ):
-        HttpServer(echo, [taken.getsockname()[1]], host="127.0.0.1")
+        HttpServer(echo, [taken.getsockname()[1]], "127.0.0.1")
+
+
+def test_an_address_of_another_machine_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match=r"HOST='203.0.113.1'.*address of this machine"):
+        HttpServer(echo, [0], "203.0.113.1")
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("localhost", "127.0.0.1"), ("::1", "[::1]"), ("::", "127.0.0.1"), ("::", "[::1]")]
+)
+def test_the_server_listens_on_names_and_ipv6_addresses(host: str, address: str) -> None:
+    with serving() as worker, HttpServer(worker.gate, [0], host) as server:
+        assert httpx.get(f"http://{address}:{server.ports[0]}/ping").status_code == 200
 
 
 def test_a_forked_child_has_no_sockets_and_the_server_continues() -> None:
@@ -80,7 +93,7 @@ def test_a_forked_child_has_no_sockets_and_the_server_continues() -> None:
 
 def test_notify_after_the_end_of_the_server_does_nothing() -> None:
     event = asyncio.Event()
-    with HttpServer(echo, [0], host="127.0.0.1") as server:
+    with HttpServer(echo, [0], "127.0.0.1") as server:
         pass
     server.notify(event)
     assert not event.is_set()

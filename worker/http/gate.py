@@ -7,21 +7,25 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 
+from starlette.middleware.cors import CORSMiddleware
+
 from worker.errors import (
     LOADING,
     BodyTooLargeError,
     BodyTooSlowError,
     BusyError,
+    HostNotAllowedError,
     JobError,
     MethodNotAllowedError,
     RouteNotFoundError,
     UnauthorizedError,
     UnavailableError,
 )
-from worker.http import playground
+from worker.http import cors, hosts, playground
 from worker.http.own_routes import OwnRoutes
+from worker.http.protocol import REFUSED
 from worker.lifecycle import Lifecycle
-from worker.request.asgi import App, ClientDisconnectedError, Message, Receive, Send, header, with_headers
+from worker.request.asgi import App, Message, Receive, Send, header, with_headers
 from worker.request.pipeline import Pipeline, send_error
 from worker.request.routes import OWN_ROUTES, ROUTES, method_of
 from worker.settings import Settings
@@ -29,10 +33,10 @@ from worker.telemetry.jobs import Telemetry
 
 BODY_SECONDS = 60.0
 """How long a client may take to send its body."""
-SEND_SECONDS = 60.0
-"""How long a client may take to read a part of the response before it counts as disconnected."""
 PREFLIGHT_HEADERS = {b"origin", b"access-control-request-method"}
 UNPROTECTED = ("/ping", "/health")
+HEADS = {("HEAD", path) for path in UNPROTECTED}
+"""Health checks of some load balancers ask for the status alone."""
 
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
@@ -60,8 +64,11 @@ class Gate:
         self._keys = [key.encode() for key in settings.worker_api_key]
         # The page needs no key, because it holds no secret. Its requests do.
         self._playground = playground.app("v1") if self._serves_engine and settings.playground else None
-        self._engine: App = _not_open
+        self._hosts = hosts.allowed(settings)
+        self._cors = cors.middleware(_not_open, settings)
         self._answer: App = _not_open
+        # Answers what browsers ask before a request; from `open` on, vLLM's own CORS middleware does.
+        self._preflight: App = self._cors
         self._capacity = 0
         self.running = 0
         """The number of requests that the engine has."""
@@ -69,7 +76,7 @@ class Gate:
     def open(self, engine: App, concurrency: int) -> None:
         """Pass requests on to `engine`, which runs `concurrency` at once."""
         waiting = self._settings.max_queue
-        self._engine, self._answer = engine, self._pipeline.around(engine)
+        self._preflight, self._answer = engine, self._pipeline.around(engine)
         self._capacity = concurrency + (4 * concurrency if waiting is None else waiting)
 
     async def drained(self, seconds: float) -> None:
@@ -85,41 +92,43 @@ class Gate:
             return await send({"type": "websocket.close"})
         given_id = header(scope, b"x-request-id")
         request_id = given_id.decode() if _REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
-        scope, client = with_headers(scope, {"x-request-id": request_id}), _Client(request_id, receive, send)
-        with suppress(ClientDisconnectedError):
-            try:
-                app = self._app_for(scope)
-            except JobError as error:
-                self._telemetry.refused.labels(str(error.status)).inc()
-                return await send_error(client.send, error)
-            if app is not self._answer:
-                return await app(scope, client.receive, client.send)
-            upload = _Upload(client.receive, self._settings.max_request_bytes, self._body_seconds, self._admit)
-            try:
-                await app(scope, upload.receive, client.send)
-            finally:
-                self.running -= upload.is_complete
+        scope = with_headers(scope, {"x-request-id": request_id})
+        send = _adding_headers(request_id, scope, self._cors, send)
+        try:
+            app = self._app_for(scope)
+        except JobError as error:
+            self._telemetry.refused.labels(str(error.status)).inc()
+            return await send_error(send, error)
+        if app is not self._answer:
+            return await app(scope, receive, send)
+        upload = _Upload(receive, self._settings.max_request_bytes, self._body_seconds, self._admit)
+        try:
+            await app(scope, upload.receive, send)
+        finally:
+            self.running -= upload.is_complete
         return None
 
     def _app_for(self, scope: Message) -> App:
         """Return the app that answers a request; raise a `JobError` if the request is refused."""
+        if (error := scope["state"].get(REFUSED)) is not None:
+            raise error
         method, path = scope["method"], scope["path"]
+        # Also for `/ping` and `/health`: these tell a web page that a worker runs here, and its model.
+        if self._hosts and hosts.name(header(scope, b"host").decode("latin-1")) not in self._hosts:
+            raise HostNotAllowedError
         if self._playground is not None and (method, path) == ("GET", "/"):
             return self._playground
-        names = {name for name, _ in scope["headers"]}
-        is_preflight = method == "OPTIONS" and names >= PREFLIGHT_HEADERS
-        if path not in UNPROTECTED and not is_preflight:
+        if method == "OPTIONS" and {name for name, _ in scope["headers"]} >= PREFLIGHT_HEADERS:
+            return self._cors if path in OWN_ROUTES else self._preflight
+        if path not in UNPROTECTED:
             self._check_key(scope)
         if path in (*OWN_ROUTES, "/openapi.json"):
-            _check_method(method, "GET", path)
+            _check_method("GET" if (method, path) in HEADS else method, "GET", path)
             return self._own_routes.app
         if self._lifecycle.state == "refused":
             raise self._lifecycle.error()
-        self._check_route(method, path, is_preflight)
+        self._check_route(method, path)
         self._check_open()
-        if is_preflight:
-            # vLLM's CORS middleware answers what browsers ask before a request.
-            return self._engine
         limit, declared = self._settings.max_request_bytes, header(scope, b"content-length")
         if declared.isdigit() and int(declared) > limit:
             raise BodyTooLargeError(limit)
@@ -135,15 +144,14 @@ class Gate:
         if not sum(hmac.compare_digest(key, candidate) for key in self._keys for candidate in given):
             raise UnauthorizedError
 
-    def _check_route(self, method: str, path: str, is_preflight: bool) -> None:
+    def _check_route(self, method: str, path: str) -> None:
         if not self._serves_engine:
             raise RouteNotFoundError(path, OWN_ROUTES)
         if self._settings.allow_control_routes:
             return
         if (expected := method_of(path)) is None:
             raise RouteNotFoundError(path, ROUTES)
-        if not is_preflight:
-            _check_method(method, expected, path)
+        _check_method(method, expected, path)
 
     def _check_open(self) -> None:
         if self._lifecycle.state != "ready":
@@ -169,24 +177,17 @@ def _check_method(method: str, expected: str, path: str) -> None:
         raise MethodNotAllowedError(method, expected, path)
 
 
-class _Client:
-    """The connection to one client. Every response gets the request's id."""
+def _adding_headers(request_id: str, scope: Message, middleware: CORSMiddleware, send: Send) -> Send:
+    """Return a `send` that adds the request's id and CORS headers to the response."""
 
-    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
-        self._request_id = request_id
-        self.receive = receive
-        self._send = send
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] != "http.response.start":
+            return await send(message)
+        headers = [(name.lower(), value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
+        headers.append((b"x-request-id", request_id.encode("latin-1")))
+        return await cors.send_start(middleware, scope, {**message, "headers": headers}, send)
 
-    async def send(self, message: Message) -> None:
-        """Send a message; raise `ClientDisconnectedError` if the client does not read."""
-        if message["type"] == "http.response.start":
-            headers = [(name.lower(), value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
-            message = {**message, "headers": [*headers, (b"x-request-id", self._request_id.encode("latin-1"))]}
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientDisconnectedError from None
+    return send_with_headers
 
 
 class _Upload:
@@ -196,7 +197,7 @@ class _Upload:
         self._receive = receive
         self._limit = limit
         self._seconds = seconds
-        self._ends_at = asyncio.get_running_loop().time() + seconds
+        self._left = seconds
         self._completed = completed
         self._size = 0
         self.is_complete = False
@@ -205,11 +206,15 @@ class _Upload:
         """Receive a part of the body, or raise a `JobError`; after its end, wait for the client's disconnect."""
         if self.is_complete:
             return await self._receive()
+        time = asyncio.get_running_loop().time
+        began = time()
         try:
-            async with asyncio.timeout_at(self._ends_at):
+            async with asyncio.timeout(self._left):
                 message = await self._receive()
         except TimeoutError:
             raise BodyTooSlowError(self._seconds) from None
+        # Not the time between two parts: there the request may wait for memory.
+        self._left -= time() - began
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             if self._size > self._limit:

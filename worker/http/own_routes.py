@@ -75,6 +75,9 @@ class OwnRoutes:
         unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
         self.app.get("/ping", responses={204: {}, 503: {}}, response_class=Response)(self.ping)
         self.app.get("/health", responses=unhealthy)(self.health)
+        # The HTTP server leaves out the body.
+        self.app.head("/ping", include_in_schema=False)(self.ping)
+        self.app.head("/health", include_in_schema=False)(self.health)
         self.app.get("/info")(self.info)
         self.app.get("/metrics", responses={200: {"content": {"text/plain": {}}}}, response_class=Response)(
             self.metrics

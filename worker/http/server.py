@@ -7,13 +7,15 @@ import threading
 import weakref
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
-from typing import Any, Self, TypeVar
+from functools import partial
+from typing import Any, Self, TypeVar, cast
 
 import psutil
 import uvicorn
 import uvloop
 
 from worker.errors import ConfigurationError
+from worker.http.protocol import LIMITS, Limits, Protocol, Waiting
 from worker.request.asgi import App
 
 KEEP_ALIVE_SECONDS = 75
@@ -26,13 +28,14 @@ T = TypeVar("T")
 class HttpServer:
     """Serves an app on some ports from its own thread, within a `with` block."""
 
-    def __init__(self, app: App, ports: Iterable[int], host: str = "0.0.0.0") -> None:  # noqa: S104 - a container's
+    def __init__(self, app: App, ports: Iterable[int], host: str, limits: Limits = LIMITS) -> None:
         self._sockets = [_listen(host, port) for port in dict.fromkeys(ports)]
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         self._loop = self._runner.get_loop()
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=partial(Protocol, waiting=Waiting(limits)),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -99,7 +102,14 @@ class HttpServer:
 
     def _serve(self) -> None:
         with self._runner:
-            self._runner.run(self._server.serve(sockets=self._sockets))
+            self._runner.run(self._serve_until_exit())
+
+    async def _serve_until_exit(self) -> None:
+        await self._server.serve(sockets=self._sockets)
+        # uvloop cannot end its loop while connections are open whose clients still send or do not read.
+        for connection in [*self._server.server_state.connections]:
+            cast(Protocol, connection).abort()
+        await asyncio.sleep(0)
 
 
 def _close_inherited() -> None:
@@ -109,10 +119,11 @@ def _close_inherited() -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=host == "::")
     except OSError as error:
-        reason = os.strerror(error.errno or 0)
         raise ConfigurationError(
-            f"Port {port} cannot be opened: {reason}. Choose another with PORT, PORT_HEALTH or METRICS_PORT."
+            f"Port {port} cannot be opened: {error.strerror} (HOST={host!r}). Choose another with PORT, PORT_HEALTH or "
+            "METRICS_PORT. HOST must be an address of this machine."
         ) from None

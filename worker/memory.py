@@ -1,0 +1,180 @@
+"""The container's memory, and the budget that all requests share: for their bodies, downloads and decoded media."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from worker.errors import JobError, MemoryBusyError, MemoryExceededError
+
+WAIT_SECONDS = 60.0
+"""How long a request waits for memory before it fails."""
+CGROUP = Path("/sys/fs/cgroup")
+LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+"""Files with a container's memory limit and usage, in versions 2 and 1 of control groups."""
+MEMINFO = Path("/proc/meminfo")
+
+
+def container_memory(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:
+    """Return the bytes of memory that the container may use: the machine's, or less if it has a limit."""
+    return min([_meminfo(meminfo, "MemTotal"), *(limit for limit, _ in _limits(cgroup))])
+
+
+def free_memory(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:
+    """Return the bytes of memory that the container may still use."""
+    return min([_meminfo(meminfo, "MemAvailable"), *(limit - usage for limit, usage in _limits(cgroup))])
+
+
+def _meminfo(meminfo: Path, name: str) -> int:
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
+
+
+def _limits(cgroup: Path) -> Iterator[tuple[int, int]]:
+    """Yield the container's memory limit and usage in bytes, if it has a limit."""
+    for names in LIMITS:
+        with suppress(OSError, ValueError):
+            limit, usage = (int((cgroup / name).read_text()) for name in names)
+            yield limit, usage
+
+
+class Budget:
+    """The bytes that all requests hold together, and their limit. Use it in one event loop only."""
+
+    JOB_BYTES = 20_000_000
+    """The largest job that RunPod accepts."""
+
+    def __init__(self, limit: int, *, wait_seconds: float = WAIT_SECONDS) -> None:
+        self.limit = limit
+        self.held = 0
+        self._wait_seconds = wait_seconds
+        self._accounts: set[Account] = set()
+        self._waiting: list[_Waiting] = []
+
+    def account(self) -> "Account":
+        """Return the account of a new request. Close it when the request ends."""
+        account = Account(self)
+        self._accounts.add(account)
+        return account
+
+    def room(self) -> int:
+        """Return the number of jobs of any size for which there is memory."""
+        return max((self.limit - self.held) // self.JOB_BYTES, 0 if self.held else 1)
+
+    def change(self, account: "Account", size: int) -> None:
+        """Count `size` more bytes for an account, or fewer if it is negative, and serve requests that wait."""
+        account.held += size
+        self.held += size
+        if size < 0:
+            self._serve()
+
+    async def wait(self, account: "Account", size: int) -> None:
+        """Wait until there are `size` free bytes, and count them for the account. The first that fit come first."""
+        waiting = _Waiting(account, size, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        try:
+            self._refuse_if_stuck()
+            async with asyncio.timeout(self._wait_seconds):
+                await waiting.turn
+        except TimeoutError:
+            raise MemoryBusyError(self.held, self.limit) from None
+        except asyncio.CancelledError:
+            if waiting.turn.done() and not waiting.turn.cancelled() and not waiting.turn.exception():
+                account.give_back(size)
+            raise
+        finally:
+            with suppress(ValueError):
+                self._waiting.remove(waiting)
+
+    def _serve(self) -> None:
+        for waiting in [*self._waiting]:
+            if self.held + waiting.size <= self.limit and not waiting.turn.done():
+                self._waiting.remove(waiting)
+                self.change(waiting.account, waiting.size)
+                waiting.turn.set_result(None)
+
+    def _refuse_if_stuck(self) -> None:
+        """Refuse the request that began to wait last if nobody is left who could give memory back."""
+        stuck = {waiting.account for waiting in self._waiting}
+        if all(account in stuck for account in self._accounts if account.held):
+            last = self._waiting.pop()
+            is_alone = last.account.held == self.held
+            error: JobError = MemoryExceededError(self.limit) if is_alone else MemoryBusyError(self.held, self.limit)
+            last.turn.set_exception(error)
+
+    def close(self, account: "Account") -> None:
+        """Free everything that an account holds, and end its waits."""
+        self._accounts.discard(account)
+        for waiting in [each for each in self._waiting if each.account is account]:
+            waiting.turn.cancel()
+            self._waiting.remove(waiting)
+        self.change(account, -account.held)
+
+
+class Account:
+    """The bytes that one request holds."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.held = 0
+        self.media = 0
+        """The part of `held` that downloads and decoded media take."""
+        self.is_closed = False
+
+    def fits(self, size: int) -> bool:
+        """Tell whether `size` more bytes are free now.
+
+        Raises:
+            MemoryExceededError: the request would hold more than all requests together may.
+        """
+        if self.held + size > self._budget.limit:
+            raise MemoryExceededError(self._budget.limit)
+        return self._budget.held + size <= self._budget.limit
+
+    async def take(self, size: int) -> None:
+        """Reserve `size` bytes; wait for them if others hold too many.
+
+        Raises:
+            MemoryExceededError: the request would hold more than all requests together may.
+            MemoryBusyError: the wait was too long, or would never end.
+        """
+        if self.is_closed:
+            raise asyncio.CancelledError("the request has ended")
+        if self.fits(size):
+            self._budget.change(self, size)
+        else:
+            await self._budget.wait(self, size)
+
+    async def take_media(self, size: int) -> None:
+        """Reserve `size` bytes for media, as `take` does."""
+        await self.take(size)
+        self.media += size
+
+    def give_back_media(self, size: int | None = None) -> None:
+        """Free `size` bytes of media; None: all of them, because the engine has the request."""
+        size = self.media if size is None else size
+        self.media -= size
+        self.give_back(size)
+
+    def give_back(self, size: int) -> None:
+        """Free some bytes."""
+        if not self.is_closed:
+            self._budget.change(self, -size)
+
+    def close(self) -> None:
+        """Free all bytes. The request has ended."""
+        self.is_closed = True
+        self._budget.close(self)
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    account: Account
+    size: int
+    turn: "asyncio.Future[None]"
+
+
+current_account: ContextVar[Account | None] = ContextVar("current_account", default=None)
+"""The account of the request that the current task works for."""
