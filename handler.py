@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from worker import check, modes, processes
+from worker import check, modes, processes, redaction
 from worker.errors import StartupError
 from worker.settings import Settings, environment, read_or_report
 from worker.telemetry import logs
@@ -30,8 +31,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="worker-") as folder:
             return start(options, Path(folder))
     except StartupError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+        return report(error)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -55,7 +55,16 @@ def start(options: argparse.Namespace, folder: Path) -> int:
     if options.test_input is not None or options.rp_serve_api:
         settings = settings.model_copy(update={"worker_mode": "local"})
     configure(settings, folder)
-    return modes.run(choose(options, Worker(settings, folder / "cause.txt")), problem)
+    try:
+        return modes.run(choose(options, Worker(settings, folder / "cause.txt")), problem)
+    except StartupError as error:
+        return report(error, settings.variables.secrets)
+
+
+def report(error: StartupError, secrets: Iterable[str] = ()) -> int:
+    """Print the error without the secrets; return the exit code."""
+    sys.stderr.write(f"{redaction.remover(secrets)(str(error))}\n")
+    return error.exit_code
 
 
 def choose(options: argparse.Namespace, worker: Worker) -> modes.Mode:
@@ -74,10 +83,12 @@ def choose(options: argparse.Namespace, worker: Worker) -> modes.Mode:
 def configure(settings: Settings, folder: Path) -> None:
     """Set up logging in one format, also in vLLM's processes, and the environment of all libraries."""
     form = (settings.log_format, settings.log_level, settings.vllm_logging_level, settings.log_prompts)
-    logging.config.dictConfig(logs.configuration(*form))
+    secrets = settings.variables.secrets
+    logging.config.dictConfig(logs.configuration(*form, secrets=secrets))
     logging.captureWarnings(capture=True)
     file = folder / "logging.json"
-    file.write_text(json.dumps(logs.configuration(*form, cause=folder / "cause.txt")))
+    # Only this user can read the folder. The file contains the secrets that vLLM's processes remove from their log.
+    file.write_text(json.dumps(logs.configuration(*form, cause=folder / "cause.txt", secrets=secrets)))
     environment.prepare(settings, file)
     log = logging.getLogger("worker")
     for warning in settings.variables.warnings:

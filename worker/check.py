@@ -3,10 +3,11 @@
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+from worker import redaction
 from worker.errors import ConfigurationError, Json
 from worker.model import weights
 from worker.settings import Settings, environment, settings, sources
@@ -14,6 +15,9 @@ from worker.settings.sources import Variables
 
 SET_BY_WORKER = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
 """vLLM's arguments that the worker sets itself."""
+
+Hide = Callable[[str], str]
+"""Returns a text without the secrets in the settings."""
 
 
 def run(environ: Mapping[str, str], as_json: bool) -> int:
@@ -24,23 +28,25 @@ def run(environ: Mapping[str, str], as_json: bool) -> int:
     try:
         variables = sources.collect(environ)
     except ConfigurationError as error:
-        return _print_mistakes(str(error).splitlines(), as_json)
+        # It contains no secrets of the file: the file cannot be read, or the preset does not exist.
+        return _print_mistakes(str(error).splitlines(), as_json, redaction.remover(redaction.secrets_in(environ)))
+    hide = redaction.remover(variables.secrets)
     try:
         chosen = settings.from_variables(variables)
         environment.prepare(chosen)
         folders = weights.locate(chosen)
     except ConfigurationError as error:
-        return _print_mistakes(chain(str(error).splitlines(), _mistakes_in_flags(variables)), as_json)
+        return _print_mistakes(chain(str(error).splitlines(), _mistakes_in_flags(variables)), as_json, hide)
     from worker.engine import arguments
 
     try:
         args = arguments.parse_arguments(chosen)
         arguments.place(args, chosen, {name: folder for name, folder in folders.items() if folder})
     except ConfigurationError as error:
-        return _print_mistakes(str(error).splitlines(), as_json)
+        return _print_mistakes(str(error).splitlines(), as_json, hide)
     engine = arguments.changed(args)
     rows, command = _rows(chosen, engine), _command(chosen, engine)
-    warnings = [*variables.warnings, *arguments.remarks(chosen)]
+    warnings = [hide(warning) for warning in (*variables.warnings, *arguments.remarks(chosen))]
     if as_json:
         listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
         result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
@@ -52,12 +58,12 @@ def run(environ: Mapping[str, str], as_json: bool) -> int:
     return 0
 
 
-def _print_mistakes(mistakes: Iterable[str], as_json: bool) -> int:
+def _print_mistakes(mistakes: Iterable[str], as_json: bool, hide: Hide) -> int:
     """Print mistakes, as text one by one while they are found; return the exit code."""
     if as_json:
-        sys.stdout.write(json.dumps({"ok": False, "mistakes": list(mistakes)}, indent=1) + "\n")
+        sys.stdout.write(json.dumps({"ok": False, "mistakes": list(map(hide, mistakes))}, indent=1) + "\n")
     else:
-        for mistake in mistakes:
+        for mistake in map(hide, mistakes):
             sys.stdout.write(f"{mistake}\n")
             sys.stdout.flush()
     return ConfigurationError.exit_code
@@ -85,7 +91,7 @@ def _rows(chosen: Settings, engine: Json) -> list[tuple[str, Any, str]]:
 
 
 def _command(chosen: Settings, engine: Json) -> str:
-    words = ["vllm", "serve", chosen.model_name]
+    words = ["vllm", "serve", redaction.public(chosen.model_name)]
     if engine.get("served_model_name") not in (None, [chosen.model_name]):
         words += ["--served-model-name", *engine["served_model_name"]]
     for name, value in engine.items():

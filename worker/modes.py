@@ -13,7 +13,7 @@ from typing import Any
 
 import uvloop
 
-from worker import processes, race
+from worker import processes, race, redaction
 from worker.errors import ConfigurationError, StartupError
 from worker.http.server import HttpServer
 from worker.queue import local
@@ -76,7 +76,7 @@ class Mode(ABC):
             # Until the mode serves and handles them itself.
             signal.signal(number, lambda number, _: sys.exit(0 if self.stops_with_0 else 128 + number))
         if ports := self.worker.settings.ports:
-            self.server = stack.enter_context(HttpServer(self.worker.gate, ports))
+            self.server = stack.enter_context(HttpServer(self.worker.gate, ports, self.worker.settings.host))
 
     def load(self) -> None:
         """Load the engine."""
@@ -91,7 +91,8 @@ class Mode(ABC):
         raise error
 
     def _begin_refusal(self, error: ConfigurationError) -> None:
-        self.worker.lifecycle.refuse(str(error))
+        # vLLM's errors repeat its arguments.
+        self.worker.lifecycle.refuse(redaction.remover(self.worker.settings.variables.secrets)(str(error)))
         log.error("The worker cannot start, and reports the reason to its callers: %s", error)
 
     async def _end_refusal(self, error: ConfigurationError) -> None:

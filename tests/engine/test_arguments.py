@@ -136,6 +136,23 @@ def test_short_names_for_media_limits() -> None:
     assert not args["trust_request_mm_kwargs"]
 
 
+@pytest.mark.parametrize(
+    ("environ", "limits"),
+    [
+        pytest.param({}, {"image": 100}, id="nothing"),
+        pytest.param({"IMAGE_LIMIT": "200"}, {"image": 200}, id="IMAGE_LIMIT"),
+        pytest.param({"IMAGE_LIMIT": "0"}, {"image": 0}, id="no images"),
+        pytest.param({"VIDEO_LIMIT": "1"}, {"image": 100, "video": 1}, id="another kind"),
+        pytest.param({"LIMIT_MM_PER_PROMPT": '{"image": 300}'}, {"image": 300}, id="vLLM's variable"),
+        pytest.param({"LIMIT_MM_PER_PROMPT": '{"video": 2}'}, {"image": 100, "video": 2}, id="vLLM's for another kind"),
+        pytest.param({"VLLM_EXTRA_ARGS": "--limit-mm-per-prompt.image 7"}, {"image": 7}, id="vLLM's flag"),
+        pytest.param({"PRESET": "qwen2-vl-7b"}, {"image": 5, "video": 1}, id="preset"),
+    ],
+)
+def test_the_limit_of_images_per_request(environ: dict[str, str], limits: dict[str, int]) -> None:
+    assert parse(**environ)["limit_mm_per_prompt"] == limits
+
+
 def test_log_prompts_turns_vllms_request_log_on_and_vllm_checks_no_keys() -> None:
     args = parse(LOG_PROMPTS="true", VLLM_API_KEY="key")
     assert (args["enable_log_requests"], args["enable_log_outputs"]) == (True, True)

@@ -4,11 +4,15 @@ import io
 import json
 import logging
 import logging.config
+import struct
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from worker.telemetry import logs
 
@@ -100,6 +104,72 @@ def test_mistakes_of_callers_are_not_logged(output: io.StringIO) -> None:
             logging.getLogger("vllm.test").exception("Error")
     (line,) = parsed(output)
     assert "a fault" in line["traceback"]
+
+
+def test_secrets_are_removed_from_message_traceback_and_extra_fields(output: io.StringIO) -> None:
+    logging.config.dictConfig(logs.configuration("json", "INFO", "INFO", False, secrets=["s3cr3t", "123456"]))
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(output)
+    try:
+        raise ValueError("not s3cr3t")
+    except ValueError:
+        logging.getLogger("worker").exception("A %s", {"key": "s3cr3t"}, extra={"detail": "s3cr3t", "tokens": 123456})
+    (line,) = parsed(output)
+    assert "s3cr3t" not in output.getvalue()
+    assert (line["message"], line["detail"], line["tokens"]) == ("A {'key': '***'}", "***", 123456)
+    assert line["traceback"].endswith("ValueError: not ***")
+
+
+def warn(name: str, number: int) -> logging.LogRecord:
+    return logging.LogRecord(name, logging.WARNING, "library.py", number, "Warning %d", (number,), None)
+
+
+def test_a_library_can_log_few_warnings_from_one_place() -> None:
+    now = 0.0
+    few = logs.FewWarnings(lambda: now)
+    kept = [record for _ in range(65_000) if few.filter(record := warn("py.warnings", 1))]
+    assert len(kept) == logs.FewWarnings.PER_MINUTE
+    assert kept[-1].getMessage() == "Warning 1 (further ones are dropped for a minute)"
+    assert few.filter(warn("py.warnings", 2))
+    now = 60.0
+    first, second = warn("py.warnings", 1), warn("py.warnings", 1)
+    assert few.filter(first)
+    assert few.filter(second)
+    assert (first.getMessage(), second.getMessage()) == ("Warning 1 (64995 more were dropped)", "Warning 1")
+
+
+def test_a_long_warning_of_a_library_is_shortened() -> None:
+    record = logging.LogRecord("library", logging.WARNING, "library.py", 1, "x" * 1_000_000, None, None)
+    assert logs.FewWarnings().filter(record)
+    assert len(record.getMessage()) == logs.FewWarnings.CHARACTERS
+
+
+@pytest.mark.parametrize(("name", "level"), [("worker.http", logging.WARNING), ("vllm", logging.INFO), ("vllm", 40)])
+def test_the_workers_own_warnings_and_other_levels_are_not_limited(name: str, level: int) -> None:
+    few = logs.FewWarnings()
+    records = [logging.LogRecord(name, level, "file.py", 1, "Text", None, None) for _ in range(100)]
+    assert all(map(few.filter, records))
+
+
+def test_an_image_with_tens_of_thousands_of_warnings_writes_a_handful_of_lines(output: io.StringIO) -> None:
+    configured(output)
+    tags = 65_000
+    # A TIFF whose tags each claim 2 GB of data. Pillow warns about every one.
+    size = b"".join(struct.pack("<HHII", tag, 4, 1, 8) for tag in (256, 257))
+    claims = b"".join(struct.pack("<HHII", tag, 2, 0x7FFFFFFF, 8) for tag in range(300, 300 + tags))
+    file = b"II*\0" + struct.pack("<IH", 8, 2 + tags) + size + claims + bytes(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(capture=True)
+        try:
+            with suppress(OSError, SyntaxError):
+                Image.open(io.BytesIO(file))
+        finally:
+            logging.captureWarnings(capture=False)
+    lines = parsed(output)
+    assert len(lines) == logs.FewWarnings.PER_MINUTE
+    assert "Skipping tag" in lines[0]["message"]
 
 
 @pytest.mark.usefixtures("output")

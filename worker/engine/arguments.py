@@ -17,13 +17,13 @@ from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from worker import redaction
 from worker.engine import parallelism
 from worker.engine.startup_errors import VLLM_ERRORS, one_line
 from worker.engine.versions import configure_logging_from_args, load_chat_template
 from worker.errors import ConfigurationError, Json
 from worker.model.fit import Plan
 from worker.settings import Settings, flags, legacy, sources
-from worker.settings.settings import without_password
 
 SERVER_FLAGS = frozenset(
     cli_args.FrontendArgs.__dataclass_fields__.keys() - cli_args.BaseFrontendArgs.__dataclass_fields__.keys()
@@ -31,7 +31,9 @@ SERVER_FLAGS = frozenset(
 """Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, CORS, …"""
 NOT_COMPILED = ("served_model_name", "api_key", "logging_config", "load_format", "gpu_memory_utilization")
 """Arguments that do not change the compiled code."""
-SECRETS = ("api_key", "hf_token")
+IMAGE_LIMIT = 100
+"""Images per request where neither the user nor a preset sets a limit. vLLM's own is 999. If the model allows fewer,
+that counts; models without images ignore it."""
 
 
 class _Parser(FlexibleArgumentParser):
@@ -62,14 +64,15 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
         if (template := load_chat_template(args.chat_template)) is not None:
             _compile_jinja_template(template)
     except TemplateError as error:
-        raise ConfigurationError(f"CHAT_TEMPLATE: not a valid template: {one_line(error)}") from error
+        message = redaction.remover(settings.variables.secrets)(one_line(error))
+        raise ConfigurationError(f"CHAT_TEMPLATE: not a valid template: {message}") from error
     except (argparse.ArgumentError, *VLLM_ERRORS) as error:
-        raise ConfigurationError(_without_values(one_line(error))) from error
+        raise ConfigurationError(_without_values(one_line(error), settings)) from error
     # vLLM checks this name only after it has loaded the model.
     parsers = ReasoningParserManager.list_registered()
     if args.reasoning_parser and args.reasoning_parser not in parsers:
-        names = ", ".join(parsers)
-        raise ConfigurationError(f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {names}")
+        message = f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {', '.join(parsers)}"
+        raise ConfigurationError(_without_values(message, settings))
     if (args.enable_log_requests or args.enable_log_outputs) and not settings.log_prompts:
         raise ConfigurationError(
             "ENABLE_LOG_REQUESTS and ENABLE_LOG_OUTPUTS write prompts and completions to the log. Set LOG_PROMPTS=true "
@@ -101,7 +104,8 @@ def _command_line(settings: Settings, parser: argparse.ArgumentParser) -> list[s
 
 def _set_media_limits(args: argparse.Namespace, settings: Settings) -> None:
     """Apply the worker's short settings for media. vLLM's own flags take precedence."""
-    limits = {"image": settings.image_limit, "video": settings.video_limit, "audio": settings.audio_limit}
+    images = IMAGE_LIMIT if settings.image_limit is None else settings.image_limit
+    limits = {"image": images, "video": settings.video_limit, "audio": settings.audio_limit}
     limits = {kind: limit for kind, limit in limits.items() if limit is not None}
     args.limit_mm_per_prompt = {**limits, **args.limit_mm_per_prompt}
     if (frames := settings.video_max_frames) is not None:
@@ -173,14 +177,13 @@ def changed(args: argparse.Namespace) -> Json:
     """Return the arguments that differ from vLLM's defaults, without secrets, as JSON values."""
     defaults = vars(make_arg_parser(_Parser()).parse_args([]))  # type: ignore[no-untyped-call]
     values = {name: value for name, value in sorted(vars(args).items()) if value != defaults.get(name)}
-    return {
-        name: "***" if name in SECRETS else to_jsonable_python(without_password(value), fallback=str)
-        for name, value in values.items()
-    }
+    return {name: redaction.public(to_jsonable_python(value, fallback=str), name) for name, value in values.items()}
 
 
-def _without_values(message: str) -> str:
-    """Return a message without the values of unknown flags, which may be secrets."""
+def _without_values(message: str, settings: Settings) -> str:
+    """Return a message without secrets, and without the values in VLLM_EXTRA_ARGS: a wrong flag may hold a secret."""
+    values = (value for _, value in redaction.flag_values(settings.vllm_extra_args))
+    message = redaction.remover([*settings.variables.secrets, *values])(message)
     before, unknown, words = message.partition("unrecognized arguments: ")
     names = " ".join(word.partition("=")[0] for word in words.split() if word.startswith("-"))
     return before + unknown + (names or "…" if unknown else "")

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 
+from worker import redaction
 from worker.errors import ConfigurationError
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -38,8 +39,9 @@ def arguments(
             flags = _flags(action, value)
             parser.parse_args(flags)
         except (ValueError, argparse.ArgumentError) as error:
-            detail = re.sub(r"^argument [^:]*: ", "", str(error))
-            mistakes.append(f"{described(variable)}={value!r}: {detail}; expected {_expected(action)}")
+            detail = re.sub(r"^argument [^:]*: ", "", " ".join(str(error).split()))
+            shown = redaction.public(value, variable)
+            mistakes.append(f"{described(variable)}={shown!r}: {detail}; expected {_expected(action)}")
         else:
             words += flags
     try:
@@ -48,7 +50,8 @@ def arguments(
         # The value is left out: it may hold a key.
         mistakes.append(f"VLLM_EXTRA_ARGS: {error}; expected flags as in a shell")
     if mistakes:
-        raise ConfigurationError("\n".join(mistakes))
+        # The parser's messages quote values too.
+        raise ConfigurationError(redaction.remover(redaction.secrets_in(values))("\n".join(mistakes)))
     return words + extra
 
 

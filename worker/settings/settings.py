@@ -1,14 +1,14 @@
 """The worker's own settings as one frozen object. `flags.py` turns the other variables into vLLM's arguments."""
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from worker import redaction
 from worker.errors import ConfigurationError
 from worker.settings import sources
 from worker.settings.libraries import Libraries
@@ -42,7 +42,7 @@ class Settings(BaseModel):
     """Where the network volume is mounted. Its model cache is searched, and models are downloaded to it."""
     download_dir: str | None = None
     """The folder to download models to. Default: the volume's cache, or the folder that `HF_HOME` sets."""
-    hf_token: str | None = Field(default=None, repr=False)
+    hf_token: str | None = None
     """The Hugging Face token for gated and private models."""
     compile_cache: Annotated[Literal["auto", "off"], Lowercase] = "auto"
     """`auto` keeps vLLM's compiled code on the network volume for the next worker; `off` does not."""
@@ -67,19 +67,24 @@ class Settings(BaseModel):
     worker_mode: Annotated[Literal["auto", "queue", "http", "local"], Lowercase] = "auto"
     """How requests arrive. `auto`: from RunPod's queue if RunPod set one up, over HTTP if `PORT` is set, else one
     local job."""
+    host: str = "0.0.0.0"  # noqa: S104 - inside a container
+    """The address that the HTTP server listens on."""
+    allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
+    """The names by which callers may address a worker that listens on a loopback address without `WORKER_API_KEY`:
+    another name comes from a web page that attacks it."""
     port: int | None = Field(default=None, ge=1, le=65535)
     """The port of the HTTP server. Default: 80 on RunPod, 8000 elsewhere."""
     port_health: int | None = Field(default=None, ge=1, le=65535)
     """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode; for Prometheus."""
-    worker_api_key: tuple[str, ...] = Field(default=(), repr=False)
+    worker_api_key: tuple[str, ...] = ()
     """The API keys that HTTP callers may use, separated by commas. Default: no key is needed."""
     max_request_bytes: int = Field(default=30_000_000, ge=1)
     """The largest request body over HTTP, in bytes."""
-    max_total_request_bytes: int = Field(default=1 << 30, ge=1)
-    """Memory for all request bodies together, waiting ones included, in bytes. A request, or a job, that does not fit
-    fails with status 429."""
+    max_total_request_bytes: int | None = Field(default=None, ge=1)
+    """Memory for the bodies, downloads and decoded media of all requests together, in bytes. A request waits until it
+    fits; one that is larger than this is refused. Default: a quarter of the container's memory."""
     max_queue: int | None = Field(default=None, ge=0)
     """HTTP requests that may wait beyond `MAX_CONCURRENCY`. Default: four times `MAX_CONCURRENCY`."""
     playground: Boolean = False
@@ -109,9 +114,14 @@ class Settings(BaseModel):
     video_max_frames: int | None = Field(default=None, ge=1)
     """The largest number of frames sampled from one video. Default: vLLM's own for the model."""
     media_decode_timeout: float = Field(default=120.0, gt=0)
-    """Seconds for decoding one video."""
+    """Seconds for decoding one video or sound."""
+    image_decode_timeout: float = Field(default=10.0, gt=0)
+    """Seconds for decoding one image."""
+    media_processes: int | None = Field(default=None, ge=1)
+    """The number of processes that decode media. Default: one for each CPU core, at most 8."""
     image_limit: int | None = Field(default=None, ge=0)
-    """Images per request. Short for `image` in vLLM's `--limit-mm-per-prompt`."""
+    """Images per request. Short for `image` in vLLM's `--limit-mm-per-prompt`. Default: 100, unless a preset or
+    `--limit-mm-per-prompt` sets it."""
     video_limit: int | None = Field(default=None, ge=0)
     """Videos per request."""
     audio_limit: int | None = Field(default=None, ge=0)
@@ -128,9 +138,9 @@ class Settings(BaseModel):
     """What a worker does that cannot start: `report` the cause to its callers for a while, or `exit` at once."""
     allow_control_routes: Boolean = False
     """Allow requests to all of vLLM's routes, including those that load LoRA adapters or start the profiler."""
-    vllm_extra_args: str = Field(default="", repr=False)
+    vllm_extra_args: str = ""
     """More vLLM flags, written as on a command line. They come last and win."""
-    runpod_webhook_get_job: str | None = Field(default=None, repr=False)
+    runpod_webhook_get_job: str | None = None
     """The URL for taking jobs from the queue. Set by RunPod."""
     runpod_pod_id: str | None = None
     """The worker's name. Set by RunPod."""
@@ -149,14 +159,17 @@ class Settings(BaseModel):
 
     _variables: Variables = PrivateAttr(default=Variables({}, {}))
 
-    @field_validator("worker_api_key", "media_allowed_domains", "media_allowed_ports", mode="before")
+    @field_validator("worker_api_key", "allowed_hosts", "media_allowed_domains", "media_allowed_ports", mode="before")
     @classmethod
     def _split(cls, text: Any) -> Any:
         if not isinstance(text, str):
             return text
         if text.lstrip().startswith("["):
             # A list in the YAML file arrives as JSON.
-            return json.loads(text)
+            try:
+                return json.loads(text)
+            except ValueError:
+                raise ValueError("expected a JSON list, or items separated by commas") from None
         if not (items := tuple(filter(None, map(str.strip, text.split(","))))):
             raise ValueError("expected one or more, separated by commas")
         return items
@@ -172,12 +185,13 @@ class Settings(BaseModel):
         return Libraries.of(self._variables.values)
 
     def public(self) -> dict[str, Any]:
-        """Return every setting without secrets."""
-        return {
-            name: without_password(getattr(self, name)) if field.repr else "***"
-            for name, field in type(self).model_fields.items()
-            if field.repr or getattr(self, name)
-        }
+        """Return every setting without secrets; of the secret ones only those that are set, as `***`."""
+        values = {name: redaction.public(getattr(self, name), name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if value or not redaction.is_secret(name)}
+
+    def __repr_args__(self) -> Iterable[tuple[str, Any]]:
+        """Return the settings that pydantic prints."""
+        return self.public().items()
 
     @property
     def mode(self) -> Literal["queue", "http", "local"]:
@@ -251,13 +265,8 @@ def from_variables(variables: Variables) -> Settings:
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        mistakes = ((str(one["loc"][0]), one["input"], one["msg"]) for one in error.errors())
-        lines = [
-            f"{variables.described(name.upper())}={value!r}: {message}"
-            if Settings.model_fields[name].repr
-            else f"{variables.described(name.upper())}: {message}"
-            for name, value, message in mistakes
-        ]
+        remove = redaction.remover(variables.secrets)
+        lines = [remove(_line(variables, str(one["loc"][0]), one["input"], one["msg"])) for one in error.errors()]
         raise ConfigurationError("\n".join(lines)) from None
     settings._variables = variables
     return settings
@@ -270,6 +279,7 @@ def defaults(variables: Variables) -> Settings:
     return settings
 
 
-def without_password(value: Any) -> Any:
-    """Return a value; if it is a URL, without its user name and password."""
-    return re.sub(r"//[^/@]*@", "//***@", value) if isinstance(value, str) else value
+def _line(variables: Variables, name: str, value: Any, message: str) -> str:
+    """Return the error message for one setting; without the value if it is secret."""
+    shown = "" if redaction.is_secret(name) else f"={redaction.public(value)!r}"
+    return f"{variables.described(name.upper())}{shown}: {message}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from worker import redaction
 from worker.errors import ConfigurationError
 from worker.settings import legacy
 
@@ -38,6 +39,11 @@ class Variables:
     origins: Mapping[str, str]
     """The source of each variable: `environment`, `default`, a file name, an alias, or `preset NAME`."""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The secrets in the values, for `redaction.remover`."""
+        return redaction.secrets_in(self.values)
 
     def described(self, variable: str) -> str:
         """Return the variable's name, with its source unless that is the environment."""
@@ -70,7 +76,7 @@ def collect(environ: Mapping[str, str]) -> Variables:
     ignored = IN_FILES_ONLY if "NNODES" in given else IN_FILES_ONLY | CLUSTER_VARIABLES
     add_source({name: value for name, value in given.items() if name not in ignored}, ENVIRONMENT)
     if path := values.get("VLLM_CONFIG_FILE"):
-        add_source(_read_file(Path(path)), Path(path).name)
+        add_source(_read_file(path), Path(redaction.public(path)).name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
     if (preset := _preset(values)) is not None:
         add(preset["settings"], f"preset {preset['name']}")
@@ -111,7 +117,9 @@ def _preset(values: Mapping[str, str]) -> dict[str, Any] | None:
         return next(matching, None)
     if chosen not in by_name:
         names = ", ".join(by_name)
-        raise ConfigurationError(f"PRESET={chosen!r}: no such preset; expected auto, none, or one of {names}")
+        raise ConfigurationError(
+            f"PRESET={redaction.public(chosen)!r}: no such preset; expected auto, none, or one of {names}"
+        )
     return by_name[chosen]
 
 
@@ -119,10 +127,10 @@ def _matches(model: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(model if "/" in pattern else model.rpartition("/")[2], pattern)
 
 
-def _read_file(path: Path) -> dict[str, str]:
-    setting = f"VLLM_CONFIG_FILE={str(path)!r}"
+def _read_file(path: str) -> dict[str, str]:
+    setting = f"VLLM_CONFIG_FILE={redaction.public(path)!r}"
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigurationError(f"{setting}: {error.strerror}; expected a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -142,10 +150,10 @@ def _text(value: Any) -> str:
 
 def _translated(name: str, value: str, warnings: list[str]) -> dict[str, str]:
     if translated := legacy.TRANSLATED[name](value):
-        settings = ", ".join(f"{new}={text}" for new, text in translated.items())
+        settings = ", ".join(f"{new}={redaction.public(text, new)}" for new, text in translated.items())
         warnings.append(f"{name} is an old name. The worker uses {settings} instead.")
     else:
-        warnings.append(f"{name}={value!r} has no effect: this vLLM has no equivalent.")
+        warnings.append(f"{name}={redaction.public(value, name)!r} has no effect: this vLLM has no equivalent.")
     return translated
 
 
