@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from vllm.exceptions import VLLMError
 from vllm.renderers.chat_utils import parse_chat_messages_async
 
 from tests.support import tiny
-from worker.engine.media_errors import add_handlers, keep_bodies, rejected
-from worker.errors import LinkServerRefusedError
-from worker.request.asgi import Request, exchange
+from worker.engine.media_errors import add_handlers, keep_bodies, rejection
+from worker.errors import LinkServerRefusedError, MediaError
+from worker.request.asgi import Message, Receive, Request, Send, exchange
 from worker.telemetry.usage import Usage, current_usage
 
 LINK = "https://x/y"
@@ -32,7 +33,7 @@ def error_body(content: list[Any], error: Exception) -> tuple[int, Any]:
 
     async def route(request: starlette.requests.Request) -> Response:
         await request.body()
-        raise rejected(error, LINK, "image") if isinstance(error, LinkServerRefusedError) else error
+        raise await rejection(error, LINK, "image") if isinstance(error, LinkServerRefusedError) else error
 
     async def handle(_request: starlette.requests.Request, _error: Exception) -> Response:
         return JSONResponse({"error": "vLLM's own"}, 418)
@@ -58,6 +59,37 @@ def test_the_error_names_the_part_and_is_counted() -> None:
     assert (status, error["param"]) == (422, "messages[0].content[1]")
     assert error["message"] == "messages[0].content[1], an image: the link's server answered with HTTP status 404."
     assert usage.rejections == ["refused_by_server"]
+
+
+def test_an_error_without_a_request_names_the_request() -> None:
+    error = asyncio.run(rejection(MediaError("it is damaged"), LINK, "video"))
+    assert str(error) == "The request, a video: it is damaged."
+
+
+def test_the_body_is_parsed_once_for_all_of_its_bad_parts() -> None:
+    links = [f"data:image/png;base64,{number:08}" + "A" * 200_000 for number in range(100)]
+    content = [{"type": "image_url", "image_url": {"url": link}} for link in links]
+    seconds: list[float] = []
+    params: list[str | None] = []
+
+    async def app(_scope: Message, receive: Receive, send: Send) -> None:
+        await receive()
+        began = time.process_time()
+        errors = await asyncio.gather(*(rejection(MediaError("it is damaged"), link, "image") for link in links))
+        seconds.append(time.process_time() - began)
+        params.extend(error.error.param for error in errors)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def run() -> None:
+        request = Request("POST", "/", body=json.dumps({"messages": messages(*content)}).encode())
+        async with exchange(keep_bodies(app), request) as response:
+            await response.read_all()
+
+    asyncio.run(run())
+    assert params == [f"messages[0].content[{index}]" for index in range(100)]
+    # Measured: 0.1 s, and 4 s when the body of 20 MB is parsed for each part.
+    assert seconds[0] < 2
 
 
 @pytest.fixture(scope="module")

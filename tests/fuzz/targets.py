@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from worker.errors import JobError
-from worker.media.parts import paths_of
-from worker.request import sse
+from worker.media.parts import Parts
+from worker.request import shape, sse
 from worker.request.inputs import JobInput
 
 LINE_ENDS = b"\r\n"
@@ -26,16 +26,37 @@ def job(value: Any) -> None:
             continue
         if not call.path.startswith("/") or call.method not in ("GET", "POST"):
             raise AssertionError(f"a call that cannot be sent: {call}")
-        paths_of(json.dumps(call.body).encode(), "image")
+        Parts(json.dumps(call.body).encode()).paths_of("image")
 
 
 def job_text(data: bytes) -> None:
-    """Parse a job's input from its JSON text. Other text is ignored."""
+    """Check the shape of a JSON text, and parse it as a job's input. Other text is ignored."""
+    accepted = is_accepted(data)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return
+    if json.detect_encoding(data).startswith("utf-8") and accepted != (measured_depth(value) <= shape.MAX_DEPTH):
+        raise AssertionError("the check of the shape differs from what the parser has found")
     job(value)
+
+
+def is_accepted(body: bytes) -> bool:
+    """Return whether the check of the shape accepts a body."""
+    try:
+        shape.check_shape(body)
+    except JobError:
+        return False
+    return True
+
+
+def measured_depth(value: Any) -> int:
+    """Return how deep lists and objects are nested in a parsed value."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def stream(data: bytes, size: int) -> None:

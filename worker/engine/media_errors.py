@@ -2,10 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextvars import ContextVar
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
+from functools import partial
 from http import HTTPStatus
-from typing import Any, cast
+from itertools import chain, islice
+from typing import Any, TypeVar, cast
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,15 +17,48 @@ from starlette.responses import JSONResponse, Response
 from vllm.exceptions import GracefulHTTPError, VLLMError
 
 from worker.errors import MediaError
-from worker.media import parts
 from worker.media.checks import Kind
+from worker.media.parts import KEYS, Parts
 from worker.request.asgi import App, Message, Receive, Send
 from worker.telemetry.usage import current_usage
 
 _TOO_MANY = re.compile(r"At most (\d+) (image|video|audio)")
 
-_body: ContextVar[Sequence[bytes]] = ContextVar("body", default=())
-"""The body of the current request, in pieces: vLLM raises errors where it no longer knows the request."""
+THREADS = 2
+"""How many threads search and validate large bodies. More would not be faster: they share Python's lock."""
+
+T = TypeVar("T")
+
+
+class RequestBody:
+    """The body of one request. It is parsed at most once, and only if an error must name a part of it."""
+
+    def __init__(self, threads: Executor) -> None:
+        self.pieces: list[bytes] = []
+        self._threads = threads
+        self._lock = threading.Lock()
+        self._parts: Parts | None = None
+
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        return sum(map(len, self.pieces))
+
+    def parts(self) -> Parts:
+        """Return its media parts. Takes up to a second at the first call: use a thread."""
+        with self._lock:
+            if self._parts is None:
+                self._parts = Parts(b"".join(self.pieces))
+            return self._parts
+
+    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call `work` in a thread for large bodies, with the caller's context."""
+        call = partial(copy_context().run, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+current_body: ContextVar[RequestBody | None] = ContextVar("current_body", default=None)
+"""The body of the current request: vLLM raises errors where it no longer knows the request."""
 
 
 class RejectedMediaError(GracefulHTTPError, ValueError):
@@ -34,25 +71,34 @@ class RejectedMediaError(GracefulHTTPError, ValueError):
 
 def keep_bodies(app: App) -> App:
     """Return `app` with the body of each request kept for error messages."""
+    threads = ThreadPoolExecutor(THREADS, "bodies")
 
     async def keeping(scope: Message, receive: Receive, send: Send) -> None:
-        pieces: list[bytes] = []
+        body = RequestBody(threads)
 
         async def receive_and_keep() -> Message:
             message = await receive()
             if message["type"] == "http.request":
-                pieces.append(message.get("body", b""))
+                body.pieces.append(message.get("body", b""))
             return message
 
-        _body.set(pieces)
+        current_body.set(body)
         await app(scope, receive_and_keep, send)
 
     return keeping
 
 
-def rejected(error: MediaError, url: str, kind: Kind) -> RejectedMediaError:
-    """Complete an error about the media behind `url` with its part of the request. Parses the body: use a thread."""
-    path = parts.path_of(b"".join(_body.get()), url)
+async def rejection(error: MediaError, url: str, kind: Kind) -> RejectedMediaError:
+    """Complete an error about the media behind `url` with its part of the request."""
+    if (body := current_body.get()) is None:
+        return _rejected(error, url, kind)
+    return await body.in_thread(_rejected, error, url, kind)
+
+
+def _rejected(error: MediaError, url: str, kind: Kind) -> RejectedMediaError:
+    """Complete an error. May parse the body: use a thread."""
+    body = current_body.get()
+    path = body.parts().path_of(url) if body else None
     message = f"{path or 'The request'}, {'a' if kind == 'video' else 'an'} {kind}: {error}."
     return RejectedMediaError(_counted(type(error)(message, param=path)))
 
@@ -67,7 +113,7 @@ def add_handlers(app: Starlette) -> None:
 
 def _handler(default: Any) -> Callable[[Request, Exception], Awaitable[Response]]:
     async def handle(request: Request, error: Exception) -> Response:
-        if (media_error := await asyncio.to_thread(_from_vllm, error)) is not None:
+        if (media_error := await _from_vllm(error)) is not None:
             return JSONResponse(media_error.body(), media_error.status)
         response: Response = await default(request, error)
         return response
@@ -75,24 +121,24 @@ def _handler(default: Any) -> Callable[[Request, Exception], Awaitable[Response]
     return handle
 
 
-def _from_vllm(error: Exception) -> MediaError | None:
+async def _from_vllm(error: Exception) -> MediaError | None:
     """Return the worker's error for one that vLLM's routes have raised, or None if it is not about media."""
     if isinstance(error, RejectedMediaError):
         return error.error
     if str(error).endswith("is not a multimodal model"):
-        return _about_part(0, tuple(parts.KEYS), "the model takes text only, no images, videos or sounds")
+        return await _about_part(0, tuple(KEYS), "the model takes text only, no images, videos or sounds")
     if match := _TOO_MANY.match(str(error)):
         limit, kind = int(match[1]), cast("Kind", match[2])
         reason = f"a request may have at most {limit} parts of kind {kind}; a higher {kind.upper()}_LIMIT allows more"
-        return _about_part(limit, (kind,), reason if limit else f"the model, or its settings, allow no {kind}")
+        return await _about_part(limit, (kind,), reason if limit else f"the model, or its settings, allow no {kind}")
     return None
 
 
-def _about_part(index: int, kinds: Iterable[Kind], reason: str) -> MediaError:
+async def _about_part(index: int, kinds: Iterable[Kind], reason: str) -> MediaError:
     """Return an error about the part at `index` among the parts of these kinds."""
-    body = b"".join(_body.get())
-    paths = [path for kind in kinds for path in parts.paths_of(body, kind)]
-    path = paths[index] if index < len(paths) else None
+    body = current_body.get()
+    parts = await body.in_thread(body.parts) if body else Parts(b"")
+    path = next(islice(chain.from_iterable(map(parts.paths_of, kinds)), index, None), None)
     return _counted(MediaError(f"{path or 'The request'}: {reason}.", param=path))
 
 
