@@ -32,6 +32,7 @@ from tests.support.tiny import ROOT
 from worker import settings
 from worker.engine import patches
 from worker.engine.connector import Guard
+from worker.memory import Budget, container_memory, current_account
 from worker.settings.environment import MEDIA_CONNECTOR
 from worker.telemetry.usage import Usage, current_usage
 
@@ -70,8 +71,10 @@ def _server(folder: Path) -> Iterator[str]:
                 break
             except requests.ConnectionError:
                 time.sleep(0.05)
-        yield url
-        server.terminate()
+        try:
+            yield url
+        finally:
+            server.terminate()
 
 
 def _photograph(seed: int) -> bytes:
@@ -88,7 +91,8 @@ def _photograph(seed: int) -> bytes:
 
 async def _measure(folder: Path, url: str) -> dict[str, Any]:
     open_video = {"vLLM": OpenCVVideoBackendMixin.open_video_capture}
-    guard = Guard(settings.read({"MEDIA_ALLOW_PRIVATE_NETWORKS": "true"}), None)
+    memory = Budget(container_memory() // 4)
+    guard = Guard(settings.read({"MEDIA_ALLOW_PRIVATE_NETWORKS": "true"}), memory)
     patches.install(guard)
     open_video["worker"] = OpenCVVideoBackendMixin.open_video_capture
     connectors = {"worker": MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR), "vLLM": MediaConnector()}
@@ -108,10 +112,14 @@ async def _measure(folder: Path, url: str) -> dict[str, Any]:
             for source, urls in (("links", links), ("base64", inline)):
                 usage = Usage()
                 current_usage.set(usage)
+                account = memory.account()
+                current_account.set(account)
                 total = await timed(f"{source}, {name}", partial(_load_images, connector, urls))
+                account.close()
                 if usage.fetches:
                     slowest = max(fetch.seconds for fetch in usage.fetches)
                     seconds.setdefault("links, beyond the slowest fetch", []).append(total - slowest)
+            current_account.set(None)
             setattr(OpenCVVideoBackendMixin, "open_video_capture", open_video[name])  # noqa: B010 - for mypy
             await timed(f"film, {name}", partial(connector.fetch_video_async, film))
         if number == 0:

@@ -113,7 +113,7 @@ class Worker:
     async def attach(self) -> App:
         """Build the engine's routes and the worker's own as one ASGI app, and become ready. Call it once."""
         with self.startup_phases.phase("attach"):
-            app = self.own_routes.over(await self.engine.attach())
+            app = self.own_routes.over(await self.engine.attach(self.pipeline.memory))
         self.startup_phases.add("total", self.lifecycle.uptime + self.startup_phases.seconds["python"])
         self.startup_phases.report(**self._details)
         self.own_routes.engine = self.engine.describe()

@@ -23,6 +23,7 @@ from worker.engine.connector import Guard
 from worker.engine.media_errors import RejectedMediaError, keep_bodies
 from worker.errors import JobError, MediaError
 from worker.media.checks import Limit, read_file
+from worker.memory import Budget, current_account
 from worker.request.asgi import Message, Receive, Request, Send, exchange
 from worker.settings.environment import MEDIA_CONNECTOR
 from worker.telemetry.usage import Usage, current_usage
@@ -39,7 +40,7 @@ def server() -> Iterator[Server]:
 @asynccontextmanager
 async def connector(folder: str = "", **environ: str) -> AsyncIterator[Any]:
     """A connector as vLLM creates it for a request."""
-    guard = Guard(settings.read({**ENVIRONMENT, **environ}), None)
+    guard = Guard(settings.read({**ENVIRONMENT, **environ}), Budget(2 << 30))
     patches.install(guard)
     async with aclosing(guard):
         yield MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR, media_io_kwargs={}, allowed_local_media_path=folder)
@@ -167,6 +168,7 @@ def test_links_are_fetched_concurrently_and_each_only_once(server: Server) -> No
     async def run() -> tuple[list[Any], Usage, float]:
         usage = Usage()
         current_usage.set(usage)
+        current_account.set(Budget(1 << 30).account())
         began = asyncio.get_running_loop().time()
         links = [f"{server.url}/slow/0.5", f"{server.url}/slow/0.50", f"{server.url}/slow/0.5"]
         loaded = await load_all("image", links)

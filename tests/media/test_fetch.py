@@ -28,6 +28,10 @@ LIMIT = Limit("MAX_IMAGE_BYTES", 1_000_000)
 OPEN = Policy(seconds=10, private_networks=True)
 
 
+async def unlimited(_size: int) -> None:
+    """Memory that is never short."""
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     with Server() as server:
@@ -66,7 +70,7 @@ def fetch(link: str, policy: Policy = OPEN, resolver: FixedResolver | None = Non
     async def run() -> bytes:
         fetcher = Fetcher(policy, resolver)
         try:
-            return await fetcher.get(link, LIMIT)
+            return await fetcher.get(link, LIMIT, unlimited)
         finally:
             await fetcher.aclose()
 
@@ -259,7 +263,7 @@ def test_only_allowed_domains_are_fetched_from(host: str, allowed: bool) -> None
 def test_a_fetch_can_be_cancelled(server: Server) -> None:
     async def run() -> None:
         fetcher = Fetcher(OPEN)
-        task = asyncio.create_task(fetcher.get(f"{server.url}/drip/", LIMIT))
+        task = asyncio.create_task(fetcher.get(f"{server.url}/drip/", LIMIT, unlimited))
         while not server.hits:  # noqa: ASYNC110 - the server is in a thread
             await asyncio.sleep(0.01)
         task.cancel()
@@ -268,3 +272,68 @@ def test_a_fetch_can_be_cancelled(server: Server) -> None:
         await fetcher.aclose()
 
     asyncio.run(run())
+
+
+def test_memory_is_reserved_for_what_has_arrived(server: Server) -> None:
+    reserved: list[int] = []
+
+    async def reserve(size: int) -> None:
+        reserved.append(size)
+
+    async def run() -> int:
+        fetcher = Fetcher(OPEN)
+        try:
+            return len(await fetcher.get(f"{server.url}/image", LIMIT, reserve))
+        finally:
+            await fetcher.aclose()
+
+    assert asyncio.run(run()) == sum(reserved) > 0
+
+
+@pytest.mark.parametrize(
+    "link", ["http://[a:b.example]/", "http://[x]@/", "http://[v1.a]/", "http://[x]/", "http://a[b]/"]
+)
+def test_brackets_around_anything_but_an_address(link: str) -> None:
+    with pytest.raises(MediaError, match="not a valid URL"):
+        fetch(link, Policy())
+
+
+class SilentResolver(FixedResolver):
+    """Never answers for `silent.example`."""
+
+    async def resolve(self, host: str, *arguments: Any, **options: Any) -> list[ResolveResult]:
+        if host == "silent.example":
+            await asyncio.Event().wait()
+        return await super().resolve(host, *arguments, **options)
+
+
+def test_links_whose_name_server_is_silent_hold_up_nobody_else(server: Server) -> None:
+    async def run() -> bytes:
+        fetcher = Fetcher(OPEN, SilentResolver("127.0.0.1"))
+        silent = [
+            asyncio.create_task(fetcher.get(f"http://silent.example/{number}", LIMIT, unlimited))
+            for number in range(200)
+        ]
+        try:
+            async with asyncio.timeout(5):
+                return await fetcher.get(f"{server.url}/image", LIMIT, unlimited)
+        finally:
+            for task in silent:
+                task.cancel()
+            await asyncio.gather(*silent, return_exceptions=True)
+            await fetcher.aclose()
+
+    assert asyncio.run(run())
+
+
+def test_few_connections_to_one_host_are_open_at_once(server: Server) -> None:
+    async def run() -> list[bytes]:
+        fetcher = Fetcher(OPEN)
+        links = [f"{server.url}/slow/0.05?{number}" for number in range(100)]
+        try:
+            return await asyncio.gather(*(fetcher.get(link, LIMIT, unlimited) for link in links))
+        finally:
+            await fetcher.aclose()
+
+    assert len(asyncio.run(run())) == 100
+    assert server.most_connections <= fetch_module.HOST_CONNECTIONS

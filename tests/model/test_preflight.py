@@ -6,7 +6,7 @@ import pytest
 
 from tests.model.test_snapshots import write
 from worker.model import preflight
-from worker.model.prefetch import free_memory
+from worker.memory import free_memory
 
 FULL = Path("/proc")
 """A folder that is not writable and whose file system has no free space."""

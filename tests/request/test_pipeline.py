@@ -12,9 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from worker.errors import ENGINE_DIED, LEAVING, LOADING, InvalidRequestError, JobError
 from worker.lifecycle import Lifecycle
+from worker.memory import Budget
 from worker.request import sse
 from worker.request.asgi import App, Receive, Request, Response, Send, exchange
-from worker.request.pipeline import BodyBudget, BodyMemory, ErrorBoundary, Pipeline, Recorder, TimeLimit
+from worker.request.pipeline import BodyBudget, ErrorBoundary, Pipeline, Recorder, TimeLimit
 from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
 
@@ -190,7 +191,7 @@ def test_the_time_limit_begins_when_the_body_is_complete() -> None:
         await asyncio.sleep(0.1)
         return await body()
 
-    call(TimeLimit(BodyBudget(answering(b"{}"), BodyMemory(100)), ready(), 0.2), slow_upload)
+    call(TimeLimit(BodyBudget(answering(b"{}"), Budget(100)), ready(), 0.2), slow_upload)
 
 
 def test_no_request_begins_once_the_worker_ends_its_requests() -> None:
@@ -305,7 +306,7 @@ def test_a_request_whose_client_disconnects_counts_as_cancelled(caplog: pytest.L
 
 
 def test_a_body_arrives_in_one_piece_and_is_counted_until_the_request_ends() -> None:
-    memory = BodyMemory(100)
+    memory = Budget(100)
     received: list[Any] = []
 
     async def app(_scope: Any, receive: Receive, _send: Send) -> None:
@@ -316,28 +317,26 @@ def test_a_body_arrives_in_one_piece_and_is_counted_until_the_request_ends() -> 
     assert memory.held == 0
 
 
-def test_a_body_larger_than_the_memory_is_accepted_if_it_is_the_only_one() -> None:
-    memory = BodyMemory(10)
-    sizes: list[int] = []
-
-    async def app(_scope: Any, receive: Receive, _send: Send) -> None:
-        sizes.append(len((await receive())["body"]))
-
-    call(BodyBudget(app, memory), receive_in_parts(*[b"x" * 8] * 4))
-    assert (sizes, memory.held) == ([32], 0)
+def test_a_body_larger_than_the_memory_is_refused_with_the_limit() -> None:
+    memory = Budget(10)
+    app = ErrorBoundary(BodyBudget(answering(b"{}"), memory), ready())
+    response, body = asyncio.run(fetch(app, b"x" * 32))
+    assert (response.status, memory.held) == (413, 0)
+    assert b"MAX_TOTAL_REQUEST_BYTES=10" in body
 
 
-def test_bodies_beyond_the_memory_are_refused_until_others_end() -> None:
-    async def run() -> list[int]:
-        memory = BodyMemory(10)
+def test_a_body_beyond_the_memory_waits_until_others_end() -> None:
+    async def run() -> tuple[bool, int]:
+        memory = Budget(10)
         app = ErrorBoundary(BodyBudget(waiting, memory), ready())
         async with exchange(begun_early(app), request(b"x" * 8)):
-            refused, _ = await fetch(app, b"x" * 3)
-            held = memory.held
-        accepted, _ = await fetch(ErrorBoundary(BodyBudget(answering(b"{}"), memory), ready()), b"x" * 30)
-        return [refused.status, held, accepted.status, memory.held]
+            second = asyncio.create_task(fetch(BodyBudget(answering(b"{}"), memory), b"x" * 3))
+            await asyncio.sleep(0.05)
+            waited = not second.done()
+        response, _ = await second
+        return waited, response.status
 
-    assert asyncio.run(run()) == [429, 8, 200, 0]
+    assert asyncio.run(run()) == (True, 200)
 
 
 def begun_early(app: App) -> App:

@@ -140,7 +140,7 @@ def plan_of(seed: int) -> Plan:
             "delivery_timeout": rng.choice((30.0, 900.0)),
             "max_concurrency": rng.choice((None, 1, 2, 8)),
             "job_batch_size": rng.choice((1, 2, 16)),
-            "max_total_request_bytes": rng.choice((1, 40_000_000, 1 << 30)),
+            "max_total_request_bytes": rng.choice((20_000_000, 40_000_000, 1 << 30)),
         },
         capacity=rng.choice((1, 2, 3, 16)),
         kv_cache=rng.choice((0.0, 0.0, 0.05, 0.3)),

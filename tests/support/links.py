@@ -18,6 +18,9 @@ class Server(ThreadingHTTPServer):
         super().__init__((address, 0), Handler)
         self.hits: list[str] = []
         self.headers: dict[str, str] = {}
+        self.connections = 0
+        self.most_connections = 0
+        self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -86,7 +89,14 @@ class Handler(BaseHTTPRequestHandler):
         """Do not log."""
 
     def handle(self) -> None:
+        server = self.server
+        with server.lock:
+            server.connections += 1
+            server.most_connections = max(server.most_connections, server.connections)
         try:
             super().handle()
         except OSError:
             """The client closed the connection."""
+        finally:
+            with server.lock:
+                server.connections -= 1

@@ -13,6 +13,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import SchedulerStats
 
+from worker.memory import current_account
 from worker.request.pace import Pace, current_pace
 from worker.telemetry.usage import EngineLoad, EngineUsage, current_usage
 
@@ -22,6 +23,9 @@ class Client(AsyncLLM):
 
     async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
         collector = await super().add_request(request_id, prompt, *args, **kwargs)
+        if (account := current_account.get()) is not None:
+            # The prompt has been processed: vLLM needs the files and their pixels no longer.
+            account.give_back_media()
         usage, pace = current_usage.get(), current_pace.get()
         if usage is None:
             return collector

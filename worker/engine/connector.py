@@ -1,45 +1,63 @@
-"""vLLM's media connector, through which all of its routes load media, with the worker's own fetches and checks."""
+"""vLLM's media connector, through which all of its routes load media, with the worker's own fetches and decoders."""
 
 import asyncio
+import io
 import logging
-import math
 import re
 import time
-from collections.abc import Callable, Iterable
-from contextvars import ContextVar, copy_context
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
+import numpy.typing as npt
 import pybase64
 from PIL import Image
+from vllm import envs
 from vllm.multimodal.media import AudioMediaIO, ImageMediaIO, MediaConnector, MediaIO, MediaWithBytes, VideoMediaIO
-from vllm.multimodal.media.connector import global_thread_pool
 
-from worker.engine.media_errors import rejected
-from worker.errors import MediaError, MediaTooLargeError
+from worker.engine.media_errors import rejection
+from worker.errors import MediaBusyError, MediaError, MediaTooLargeError, MemoryBusyError, MemoryExceededError
 from worker.media import checks
 from worker.media.checks import Kind, Limit, Limits
+from worker.media.decoders import Decoders, Look, SoundForm
 from worker.media.fetch import Fetcher, Policy
-from worker.media.video import DAMAGED, Capture, Decoders
+from worker.media.pool import DAMAGED
+from worker.media.video import Capture
+from worker.memory import Account, Budget, current_account
 from worker.settings import Settings
 from worker.telemetry.usage import Fetch, current_usage
 
 _KINDS: dict[type[MediaIO[Any]], Kind] = {ImageMediaIO: "image", VideoMediaIO: "video", AudioMediaIO: "audio"}
+OPENCV = "opencv"
+FRAMES = "data:video/jpeg;"
+FETCHES = 8
+"""How many links of one request are fetched at once."""
 _VLLM_LIMIT = re.compile(r"VLLM_MAX_\w+")
 
-_captures: ContextVar[list[Capture] | None] = ContextVar("captures", default=None)
-"""The videos that the current load has opened."""
+_capture: ContextVar[Capture | None] = ContextVar("capture", default=None)
+"""The capture for the video that the current thread loads."""
 
 log = logging.getLogger(__name__)
 
 
 class Guard:
-    """What all connectors share: the limits, the connections for links, and the processes that decode videos.
+    """What all connectors share: the limits, the connections for links, and the processes that decode media.
 
-    Create it in the event loop that serves. `domains` is vLLM's own list of allowed hosts.
+    Create it in the event loop that serves. `memory` is the budget of all requests, `domains` vLLM's own list of
+    allowed hosts. Only videos of a `video_backend` other than OpenCV are decoded in this process.
     """
 
-    def __init__(self, settings: Settings, domains: Iterable[str] | None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        memory: Budget,
+        domains: Iterable[str] | None = None,
+        video_backend: str = OPENCV,
+        modules: Iterable[str] = ("cv2", "av"),
+    ) -> None:
         if settings.media_allow_private_networks:
             log.warning("MEDIA_ALLOW_PRIVATE_NETWORKS is set: links may lead to anything that this machine can reach")
         policy = Policy(
@@ -49,35 +67,84 @@ class Guard:
             private_networks=settings.media_allow_private_networks,
         )
         self.limits = Limits(settings)
-        self.decoders = Decoders(self.limits)
+        if 0 < envs.VLLM_MAX_IMAGE_PIXELS < self.limits.image_pixels.value:
+            self.limits.image_pixels = Limit("VLLM_MAX_IMAGE_PIXELS", envs.VLLM_MAX_IMAGE_PIXELS)
+        self.video_backend = video_backend
+        self.decoders = Decoders(self.limits, modules)
         self.loop = asyncio.get_running_loop()
+        self._memory = memory
         self._fetcher = Fetcher(policy)
-        self._fetches: dict[tuple[object, str, Limit], asyncio.Task[bytes]] = {}
+        self._fetches: dict[tuple[Account, str, Limit], asyncio.Task[bytes]] = {}
+        self._slots: WeakKeyDictionary[Account, asyncio.Semaphore] = WeakKeyDictionary()
 
-    async def fetch(self, url: str, limit: Limit) -> bytes:
-        """Return the file at a link, or raise `MediaError`. Loads of one job that overlap share a fetch."""
-        # Loads that belong to no job share no fetch.
-        key = (current_usage.get() or object(), url.partition("#")[0], limit)
+    @contextmanager
+    def account(self) -> Iterator[Account]:
+        """Return the account of the current request. A load outside of any request gets one of its own."""
+        if (account := current_account.get()) is not None:
+            yield account
+            return
+        account = self._memory.account()
+        try:
+            yield account
+        finally:
+            account.close()
+
+    async def fetch(self, url: str, limit: Limit, account: Account) -> bytes:
+        """Return the file at a link, or raise `MediaError`. Loads of one request that overlap share a fetch."""
+        key = (account, url.partition("#")[0], limit)
         if (task := self._fetches.get(key)) is None:
-            task = self._fetches[key] = asyncio.create_task(self._fetch(url, limit))
+            task = self._fetches[key] = asyncio.create_task(self._fetch(url, limit, account))
             task.add_done_callback(lambda _: self._fetches.pop(key))
         return await task
 
-    async def _fetch(self, url: str, limit: Limit) -> bytes:
-        began = time.monotonic()
-        data = await self._fetcher.get(url, limit)
+    async def _fetch(self, url: str, limit: Limit, account: Account) -> bytes:
+        async with self._slots.setdefault(account, asyncio.Semaphore(FETCHES)):
+            began = time.monotonic()
+            data = await self._fetcher.get(url, limit, account.take_media)
         if (usage := current_usage.get()) is not None:
             usage.fetches.append(Fetch(time.monotonic() - began, len(data)))
         return data
 
     def open_capture(self, data: bytes) -> Capture:
-        """Open a video in a decoder process; raise `MediaError` if that fails, or if it exceeds a limit."""
-        capture = self.decoders.capture()
-        # Added before it is opened, so that a load that is cancelled while the video is being opened aborts it, too.
-        if (captures := _captures.get()) is not None:
-            captures.append(capture)
+        """Open a video in the process that the current load has; raise `MediaError` if it fails or exceeds a limit."""
+        if (capture := _capture.get()) is None:
+            raise MediaError("videos are decoded for requests only")
         capture.open(data)
         return capture
+
+    async def decode_sound(self, data: bytes, account: Account) -> tuple[npt.NDArray[Any], float]:
+        """Decode a sound at its own rate, with vLLM's limits."""
+        megabytes = envs.VLLM_MAX_AUDIO_CLIP_FILESIZE_MB
+        if len(data) > megabytes << 20:
+            raise MediaTooLargeError(f"it is larger than VLLM_MAX_AUDIO_CLIP_FILESIZE_MB={megabytes} allows")
+        seconds, size = envs.VLLM_MAX_AUDIO_DECODE_DURATION_S, envs.VLLM_MAX_AUDIO_DECODE_BYTES
+        return await self.decoders.sound(data, SoundForm(None, True, seconds, size), account)
+
+    def load_audio(
+        self,
+        path: io.BytesIO | Path | str,
+        *,
+        sr: float | None = 22050,
+        mono: bool = True,
+        max_duration_s: float | None = None,
+        max_decode_bytes: int | None = None,
+        **_: Any,
+    ) -> tuple[npt.NDArray[Any], float]:
+        """Decode a sound that was uploaded, in place of vLLM's function, which decodes in this process.
+
+        Raises:
+            RejectedMediaError: the sound cannot be used.
+        """
+        data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
+        form = SoundForm(None if sr is None else int(sr), mono, max_duration_s, max_decode_bytes)
+        return asyncio.run_coroutine_threadsafe(self._load_audio(data, form), self.loop).result()
+
+    async def _load_audio(self, data: bytes, form: SoundForm) -> tuple[npt.NDArray[Any], float]:
+        try:
+            with self.account() as account, _as_media_errors():
+                return await self.decoders.sound(data, form, account)
+        except MediaError as error:
+            raise await rejection(error, "", "audio") from None
 
     async def aclose(self) -> None:
         """Close the connections and end the processes."""
@@ -94,104 +161,129 @@ class Connector(MediaConnector):
         self._limits = guard.limits
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
-        """Return the media behind a link (http:, https:, data: or file:), decoded by vLLM.
+        """Return the media behind a link (http:, https:, data: or file:), as vLLM's own connector does.
 
         Raises:
             RejectedMediaError: the media cannot be used; the message says why, and which part of the request it is.
         """
         kind = _KINDS[type(media_io)]
         try:
-            return await self._load(url, kind, media_io)
+            with self._guard.account() as account, _as_media_errors():
+                if isinstance(media_io, VideoMediaIO) and url[: len(FRAMES)].lower() == FRAMES:
+                    return await self._frames(url, media_io, account)
+                data = await self._file(url, kind, account)
+                if isinstance(media_io, ImageMediaIO):
+                    return await self._image(data, media_io, account)
+                if isinstance(media_io, VideoMediaIO):
+                    return await self._video(data, media_io, account)
+                return await self._guard.decode_sound(data, account)
         except MediaError as error:
-            raise await asyncio.to_thread(rejected, error, url, kind) from None
+            raise await rejection(error, url, kind) from None
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         """Do the same from another thread than the event loop's, as the routes of pooling models do."""
         return asyncio.run_coroutine_threadsafe(self.load_from_url_async(url, media_io), self._guard.loop).result()
 
-    async def _load(self, url: str, kind: Kind, media_io: MediaIO[Any]) -> Any:
-        limit = self._limits.bytes[kind]
+    async def _file(self, url: str, kind: Kind, account: Account) -> bytes:
+        """Return the file behind a link."""
+        limit, in_thread = self._limits.bytes[kind], self._guard.decoders.pool.in_thread
         scheme = url[:5].lower()
         if scheme == "data:":
-            return await _in_thread(self._decode_url, url, kind, media_io)
+            await account.take_media(len(url) * 3 // 4)
+            return await in_thread(_decode_url, url, limit)
         if scheme == "file:":
-            data = await _in_thread(checks.read_file, url, self.allowed_local_media_path, limit)
-        else:
-            data = await self._guard.fetch(url, limit)
-        return await _in_thread(self._decode_file, data, kind, media_io)
+            data: bytes = await in_thread(checks.read_file, url, self.allowed_local_media_path, limit)
+            await account.take_media(len(data))
+            return data
+        return await self._guard.fetch(url, limit, account)
 
-    def _decode_url(self, url: str, kind: Kind, media_io: MediaIO[Any]) -> Any:
-        spec, comma, text = url[5:].partition(",")
-        media_type, *parameters = spec.lower().split(";")
-        if not comma or "base64" not in parameters:
-            raise MediaError("a data: URL must be data:<media type>;base64,<data>")
-        if isinstance(media_io, VideoMediaIO) and media_type == "video/jpeg":
-            self._check_frames(text, media_io)
-            return self._decode(media_io, lambda: media_io.load_base64(media_type, text))
-        checks.check_size(len(text) * 3 // 4 - 2, self._limits.bytes[kind])
-        return self._decode_file(_decode_base64(text), kind, media_io)
+    async def _image(self, data: bytes, media_io: ImageMediaIO, account: Account) -> MediaWithBytes[Image.Image]:
+        look = Look(media_io.image_mode, media_io.rgba_background_color)
+        picture = await self._guard.decoders.image(data, look, account)
+        # vLLM caches the image under a key of its bytes and this.
+        config: dict[str, Any] = {}
+        if picture.is_converted:
+            config = {"image_mode": look.mode, "rgba_background_color": look.background}
+        if (pixels := self._limits.downscale_pixels) is not None:
+            config["downscale_pixels"] = pixels
+        return MediaWithBytes(picture.image, data, config or None)
 
-    def _check_frames(self, text: str, media_io: VideoMediaIO) -> None:
-        """Check a video in the form of JPEG frames, each in base64, separated by commas."""
+    async def _frames(self, url: str, media_io: VideoMediaIO, account: Account) -> Any:
+        """Load a video in the form of JPEG frames, each in base64, separated by commas."""
+        text = url.partition(",")[2]
         checks.check_size(len(text) * 3 // 4, self._limits.bytes["video"])
         frames = text.split(",")
         if 0 < media_io.num_frames < len(frames):
             raise MediaError(f"it has {len(frames)} frames, more than VIDEO_MAX_FRAMES={media_io.num_frames} allows")
-        pixels = sum(checks.check_image(_decode_base64(frame), self._limits) for frame in frames)
-        checks.check_frames(pixels, self._limits)
+        images: list[Image.Image] = []
+        for frame in frames:
+            data = _decode_base64(frame)
+            await account.take_media(len(data))
+            images.append((await self._image(data, media_io.image_io, account)).media)
+            # Frames of different sizes fail later.
+            checks.check_frames(len(frames) * images[0].width * images[0].height, self._limits)
+        media_io.image_io = cast(ImageMediaIO, _Decoded(images))
+        return await self._guard.decoders.pool.in_thread(_load, media_io.load_base64, "video/jpeg", text)
 
-    def _decode_file(self, data: bytes, kind: Kind, media_io: MediaIO[Any]) -> Any:
-        if kind == "image":
-            checks.check_image(data, self._limits)
-        else:
-            checks.check_size(len(data), self._limits.bytes[kind])
-            checks.check_kind(data, kind)
-        return self._decode(media_io, lambda: media_io.load_bytes(data))
-
-    def _decode(self, media_io: MediaIO[Any], decode: Callable[[], Any]) -> Any:
-        """Call one of vLLM's decoders, translate its errors, and check the result."""
-        try:
-            decoded = decode()
-        except (MediaError, ImportError):
-            raise
-        except MemoryError:
-            raise MediaTooLargeError("there is not enough memory to decode it") from None
-        except Exception as error:  # noqa: BLE001 - decoders raise errors of any type for damaged files
-            if limit := _VLLM_LIMIT.search(str(error)):
-                raise MediaTooLargeError(f"it is larger than {limit[0]} allows") from None
-            raise MediaError(DAMAGED) from None
-        finally:
-            for capture in _captures.get() or ():
-                capture.close()
-        if isinstance(media_io, ImageMediaIO):
-            return self._downscaled(decoded)
-        if isinstance(media_io, VideoMediaIO) and not len(decoded.media[0]):
+    async def _video(self, data: bytes, media_io: VideoMediaIO, account: Account) -> Any:
+        checks.check_size(len(data), self._limits.bytes["video"])
+        checks.check_kind(data, "video")
+        backend = media_io.kwargs.get("backend", self._guard.video_backend)
+        if backend not in (OPENCV, self._guard.video_backend):
+            raise MediaError(
+                f"media_io_kwargs must not set the backend to {backend!r}: the worker's settings choose it"
+            )
+        decoders = self._guard.decoders
+        async with decoders.capture(account) as capture:
+            _capture.set(capture)
+            video = await decoders.pool.in_thread(_load, media_io.load_bytes, data)
+            await decoders.pool.in_thread(capture.close)
+        if not len(video.media[0]):
             raise MediaError(DAMAGED)
-        return decoded
-
-    def _downscaled(self, image: MediaWithBytes[Image.Image]) -> MediaWithBytes[Image.Image]:
-        pixels, (width, height) = self._limits.downscale_pixels, image.media.size
-        if pixels is None or width * height <= pixels:
-            return image
-        scale = math.sqrt(pixels / (width * height))
-        size = (max(1, int(width * scale)), max(1, int(height * scale)))
-        smaller = image.media.resize(size, Image.Resampling.LANCZOS)
-        # vLLM caches the image under a key of its bytes and `io_config`.
-        return MediaWithBytes(smaller, image.original_bytes, {**(image.io_config or {}), "downscale_pixels": pixels})
+        return video
 
 
-async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work` in vLLM's thread pool. If the caller is cancelled, videos that it decodes are aborted."""
-    captures: list[Capture] = []
-    context = copy_context()
-    context.run(_captures.set, captures)
-    loop = asyncio.get_running_loop()
+class _Decoded:
+    """Gives vLLM images that are decoded already, in their order."""
+
+    def __init__(self, images: Iterable[Image.Image]) -> None:
+        self._images = iter(images)
+
+    def load_base64(self, _media_type: str, _data: str) -> Image.Image:
+        return next(self._images)
+
+
+@contextmanager
+def _as_media_errors() -> Iterator[None]:
+    """Raise errors about the budget of memory as errors about media."""
     try:
-        return await loop.run_in_executor(global_thread_pool, partial(context.run, work, *arguments))
-    except asyncio.CancelledError:
-        for capture in captures:
-            capture.abort()
+        yield
+    except MemoryExceededError as error:
+        raise MediaTooLargeError(f"there is no memory for it. {error}".rstrip(".")) from None
+    except MemoryBusyError as error:
+        raise MediaBusyError(f"there is no memory for it now. {error}".rstrip(".")) from None
+
+
+def _load(load: Callable[..., Any], *arguments: Any) -> Any:
+    """Call one of vLLM's loaders, and translate its errors."""
+    try:
+        return load(*arguments)
+    except (MediaError, ImportError):
         raise
+    except MemoryError:
+        raise MediaTooLargeError("there is not enough memory to decode it") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise errors of any type for damaged files
+        if limit := _VLLM_LIMIT.search(str(error)):
+            raise MediaTooLargeError(f"it is larger than {limit[0]} allows") from None
+        raise MediaError(DAMAGED) from None
+
+
+def _decode_url(url: str, limit: Limit) -> bytes:
+    spec, comma, text = url[5:].partition(",")
+    if not comma or "base64" not in spec.lower().split(";")[1:]:
+        raise MediaError("a data: URL must be data:<media type>;base64,<data>")
+    checks.check_size(len(text) * 3 // 4 - 2, limit)
+    return _decode_base64(text)
 
 
 def _decode_base64(text: str) -> bytes:

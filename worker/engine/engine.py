@@ -15,13 +15,14 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker import race
-from worker.engine import media_errors, patches
+from worker.engine import media_errors, patches, validation
 from worker.engine.arguments import changed
 from worker.engine.client import Monitor
-from worker.engine.connector import Guard
+from worker.engine.connector import OPENCV, Guard
 from worker.engine.load import FirstCause, Work, load
 from worker.engine.startup_errors import translated
 from worker.errors import Json, StartupError
+from worker.memory import Budget
 from worker.request.asgi import App, Request, exchange
 from worker.settings import Settings
 from worker.telemetry.usage import EngineLoad
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 DEATH_CHECK_SECONDS = 0.5
 SHUTDOWN_SECONDS = 1.0
 """The time for the engine process to end by itself. Only then does it leave no shared memory behind."""
+DECODERS = {"video": "cv2", "audio": "av"}
+"""The library that decodes each kind of media; Pillow decodes images."""
 BLACK_IMAGE = "data:image/webp;base64,UklGRiAAAABXRUJQVlA4TBQAAAAvP8APAAcQEf0PAAnh/3stov+pHw=="
 
 
@@ -84,20 +87,28 @@ class Engine:
         if self._monitor.silent_seconds > self._stall_seconds:
             log.error("The engine has been silent for %.0f s while requests wait", self._monitor.silent_seconds)
 
-    async def attach(self) -> App:
+    async def attach(self, memory: Budget) -> App:
         """Build vLLM's API as an ASGI app and test it. Call it once, in the loop that serves.
+
+        Requests take the memory for their media from `memory`.
 
         Raises:
             ConfigurationError: vLLM's API does not support the settings.
             StartupError: the engine failed at its first generation.
         """
-        guard = Guard(self._settings, self._args.allowed_media_domains)
+        guard = self._guard(memory)
         patches.install(guard)
         app = media_errors.keep_bodies(await self._build_app(guard))
-        if self._media_limits.get("video"):
-            guard.decoders.prepare()
+        if self._media_limits:
+            await guard.decoders.pool.prepare()
         (await race.first(self._warm_up(app), self._fail_when_dead())).result()
         return app
+
+    def _guard(self, memory: Budget) -> Guard:
+        """Return the guard for this model's media. Its processes import only the libraries that the model needs."""
+        modules = [library for kind, library in DECODERS.items() if self._media_limits.get(kind)]
+        video = (self._args.media_io_kwargs or {}).get("video", {})
+        return Guard(self._settings, memory, self._args.allowed_media_domains, video.get("backend", OPENCV), modules)
 
     async def _build_app(self, guard: Guard) -> App:
         await self._client.reset_mm_cache()
@@ -105,6 +116,7 @@ class Engine:
         app = build_app(self._args, tasks, self._client.model_config)
         app.state.server = self._liveness
         media_errors.add_handlers(app)
+        validation.fail_fast(app)
         with translated():
             await init_app_state(self._client, app.state, self._args, tasks)
         entered = asyncio.Event()

@@ -1,22 +1,29 @@
-"""What the worker replaces in vLLM and Pillow for the whole process, where they offer no other way."""
+"""What the worker replaces in vLLM and FastAPI for the whole process, where they offer no other way."""
 
-import warnings
 from functools import partial
+from types import SimpleNamespace
 
-from PIL import Image
+from fastapi.dependencies import utils as dependencies
+from vllm.entrypoints.serve.exception_handling import utils as messages
+from vllm.entrypoints.speech_to_text.base import serving as speech
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
+from worker.engine import grammars, validation
 from worker.engine.connector import Connector, Guard
 from worker.settings.environment import MEDIA_CONNECTOR
 
 
 def install(guard: Guard) -> None:
-    """Have vLLM load all media through `guard`."""
+    """Have vLLM load all media through `guard`, and bound the cost of wrong requests."""
     # vLLM looks this name up for each request with media, and calls the result to create a connector.
     MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(partial(Connector, guard))
     # vLLM's video loaders call this method of the class itself: there is no object, argument or setting to replace it.
     setattr(OpenCVVideoBackendMixin, "open_video_capture", staticmethod(guard.open_capture))  # noqa: B010 - for mypy
-    # Pillow reads its limit from this global, and only warns about an image of up to twice as many pixels.
-    Image.MAX_IMAGE_PIXELS = int(guard.limits.image_pixels.value)
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    # The routes for transcription and translation decode what was uploaded, without a connector.
+    setattr(speech, "load_audio", guard.load_audio)  # noqa: B010 - for mypy
+    # FastAPI calls this function for the body of every request.
+    setattr(dependencies, "request_body_to_args", validation.in_threads(dependencies.request_body_to_args))  # noqa: B010
+    # Many modules hold the function that removes paths from vLLM's error messages. It finds `re` by this name.
+    setattr(messages, "re", SimpleNamespace(sub=validation.bounded(vars(messages)["re"].sub)))  # noqa: B010
+    grammars.install()

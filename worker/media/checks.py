@@ -1,6 +1,5 @@
 """Limits for media, and the checks that run before anything is decoded."""
 
-import io
 import os
 import stat
 from collections.abc import Mapping
@@ -9,15 +8,12 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from PIL import Image
-
 from worker.errors import MediaError, MediaTooLargeError, RefusedLinkError
 from worker.media.formats import fits, has_external_references, media_type
 from worker.settings.settings import Settings
 
 Kind = Literal["image", "video", "audio"]
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 FORMATS: Mapping[Kind, str] = {
     "image": "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF",
     "video": "MP4, MOV, WebM, MKV, AVI, GIF, and lists of JPEG frames",
@@ -50,7 +46,11 @@ class Limits:
         """The pixels of all sampled frames of a video together."""
         self.video_seconds = limit("MAX_VIDEO_SECONDS")
         self.decode_seconds = limit("MEDIA_DECODE_TIMEOUT")
-        """The time for decoding one video."""
+        """The time for decoding one video or sound."""
+        self.image_seconds = limit("IMAGE_DECODE_TIMEOUT")
+        """The time for decoding one image."""
+        self.processes = settings.media_processes
+        """How many processes decode the media of one request at once; None: one for each core."""
         self.downscale_pixels = settings.image_downscale_pixels
         """Larger images are scaled down to this many pixels; None leaves them as they are."""
 
@@ -78,21 +78,6 @@ def check_kind(data: bytes, kind: Kind) -> None:
         raise MediaError(f"HEIC images cannot be decoded; accepted are {FORMATS['image']}")
     if not fits(detected, kind):
         raise MediaError(f"its content is {detected} where {kind} data is expected; accepted are {FORMATS[kind]}")
-
-
-def check_image(data: bytes, limits: Limits) -> int:
-    """Return an image's number of pixels. Raise `MediaError` if its size, format or header is not accepted."""
-    check_size(len(data), limits.bytes["image"])
-    check_kind(data, "image")
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaTooLargeError(f"it has more pixels than {limits.image_pixels} allows") from None
-    except Exception:  # noqa: BLE001 - Pillow raises errors of any type for damaged files
-        raise MediaError("its header cannot be read: the file is truncated or damaged") from None
-    check_pixels(width, height, limits.image_pixels)
-    return width * height
 
 
 def check_frames(pixels: int, limits: Limits) -> None:

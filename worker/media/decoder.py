@@ -1,11 +1,14 @@
-"""A child process that decodes untrusted videos: `python -m worker.media.decoder SOCKET MEMORY`, started by `video.py`.
+"""A child process that decodes untrusted media: `python -m worker.media.decoder SOCKET MEMORY MODULES`.
 
-If a video makes OpenCV crash, hang or use too much memory, only this process ends. Its environment contains no secrets.
+`pool.py` starts it. If a file makes a decoder crash, hang or use too much memory, only this process ends. It has no
+secrets in its environment, and can open neither files nor sockets.
 
-Both arguments are file descriptors. SOCKET carries the requests and replies, one JSON message each; an "open" request
-is followed by a message with the bytes of the video. MEMORY is shared memory for the decoded frame.
+SOCKET and MEMORY are file descriptors. SOCKET carries requests `[operation, arguments…]` and replies, one JSON message
+each. A reply is `[null, result]`, or `[class of the error, message]`. MEMORY is shared memory: it holds the file to
+decode first, then the pixels or samples. MODULES are the libraries to import, separated by commas.
 """
 
+import ctypes
 import io
 import json
 import mmap
@@ -15,60 +18,263 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+import warnings
+import wave
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from itertools import chain
 from multiprocessing.connection import Connection
 from typing import Any
 
-import cv2
-import numpy as np
-import numpy.typing as npt
+from PIL import AvifImagePlugin, Image, ImageOps
 
-MEMORY_BYTES = 8 << 30
+from worker.errors import MediaError, MediaTooLargeError
+from worker.media import structure
+from worker.media.formats import DEMUXERS, PILLOW_FORMATS, media_type
+
+DAMAGED = "it cannot be decoded: the file is truncated or damaged, or larger than its header says"
+IMAGE_BYTES = 128 << 20
+"""What decoding an image may need besides its pixels, in bytes of address space."""
+STREAM_BYTES = 8 << 30
+"""What decoding a video or a sound may need, in bytes of address space."""
 PARENT_POLL_SECONDS = 1.0
+PR_SET_NO_NEW_PRIVS = 38
+SHARED_MODES = {"RGB": "RGBX"}
+"""Pillow's modes whose bytes are copied faster in another order than their own."""
+PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F")
+"""Pillow's modes whose images consist of their pixels alone, without a palette."""
 
 
-def main(socket: int, memory: int) -> None:
+class Decoder:
+    """The operations. Each gets its file from the start of the shared memory, and leaves its result there."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._statistics = os.open("/proc/self/statm", os.O_RDONLY)
+        self._image: Image.Image | None = None
+        self._capture: Any = None
+
+    def run(self, operation: str, *arguments: Any) -> Any:
+        """Run an operation; raise `MediaError` if the media cannot be decoded."""
+        return getattr(self, operation)(*arguments)
+
+    def ready(self) -> bool:
+        """Answer that the process has started."""
+        return True
+
+    def _file(self, size: int) -> bytes:
+        return self._memory[:size]
+
+    def _limit(self, size: int) -> None:
+        """Let this process have `size` more bytes of address space than now."""
+        pages = int(os.pread(self._statistics, 100, 0).split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * mmap.PAGESIZE + size, resource.RLIM_INFINITY))
+
+    # ---- Images
+
+    def open_image(self, size: int) -> tuple[int, int]:
+        """Return the width and height that a file claims."""
+        data = self._file(size)
+        self._limit(2 * size + IMAGE_BYTES)
+        detected = media_type(data)
+        if detected == "image/jpeg":
+            structure.check_jpeg(data)
+        self._image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS.get(str(detected), ()))
+        if detected == "image/tiff":
+            structure.check_tiles(dict(getattr(self._image, "tag_v2", {})), *self._image.size)
+        return self._image.size
+
+    def load_image(
+        self, mode: str | None, background: Sequence[int], pixels: int | None, size: int
+    ) -> tuple[str, tuple[int, int], int, bool]:
+        """Decode the open file, turn it upright, and convert it to `mode` and to at most `pixels` pixels.
+
+        `size` is the address space that it may need. Return the mode, the size, the number of bytes in the shared
+        memory, and whether the mode was converted.
+        """
+        image, self._image = self._image, None
+        if image is None:
+            raise MediaError(DAMAGED)
+        claimed = image.size
+        self._limit(size + IMAGE_BYTES)
+        image.load()
+        if image.size != claimed:
+            raise MediaTooLargeError("its pixels are not those that its header claims")
+        with suppress(Exception):  # As in vLLM: the orientation does not matter so much that the image is refused.
+            ImageOps.exif_transpose(image, in_place=True)
+        converted = _converted(image, mode, tuple(background))
+        is_converted = converted is not image
+        del image
+        if pixels is not None and converted.width * converted.height > pixels:
+            scale = (pixels / (converted.width * converted.height)) ** 0.5
+            smaller = (max(1, int(converted.width * scale)), max(1, int(converted.height * scale)))
+            converted = converted.resize(smaller, Image.Resampling.LANCZOS)
+        data = converted.tobytes("raw", SHARED_MODES.get(converted.mode, converted.mode))
+        self._memory[: len(data)] = data
+        return converted.mode, converted.size, len(data), is_converted
+
+    # ---- Sounds
+
+    def decode_sound(
+        self, size: int, rate: int | None, mono: bool, seconds: float | None, most_bytes: int | None
+    ) -> tuple[int, int, int]:
+        """Decode a sound at `rate`, or at its own. Return its channels, its samples in each channel, and its rate.
+
+        The samples are 32-bit floats, one channel after the other; 1 channel, their mean, with `mono`.
+        """
+        import av
+        import numpy as np
+
+        data = self._file(size)
+        self._limit(STREAM_BYTES)
+        demuxer = DEMUXERS.get(str(media_type(data)))
+        pieces: list[Any] = []
+        with av.open(io.BytesIO(data), "r", format=demuxer, metadata_errors="replace") as container:
+            if not container.streams.audio:
+                raise MediaError("it has no audio track")
+            stream = container.streams.audio[0]
+            rate = rate or stream.rate
+            resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
+            samples = used = 0
+            for frame in chain(container.decode(stream), (None,)):
+                for resampled in resampler.resample(frame):
+                    piece = resampled.to_ndarray()
+                    piece = piece.mean(axis=0, keepdims=True, dtype=np.float32) if mono else piece
+                    pieces.append(piece)
+                    samples, used = samples + piece.shape[1], used + piece.nbytes
+                if seconds is not None and samples > seconds * rate:
+                    raise MediaTooLargeError(f"it is longer than VLLM_MAX_AUDIO_DECODE_DURATION_S={seconds:g} allows")
+                if used > (len(self._memory) if most_bytes is None else most_bytes):
+                    raise MediaTooLargeError("its samples take more bytes than VLLM_MAX_AUDIO_DECODE_BYTES allows")
+        if not samples:
+            raise MediaError("it has no samples")
+        sound = np.concatenate(pieces, axis=1)
+        self._memory[: sound.nbytes] = sound.tobytes()
+        return sound.shape[0], sound.shape[1], rate
+
+    # ---- Videos: the part of the interface of `cv2.VideoCapture` that vLLM uses
+
+    def open_video(self, size: int) -> bool:
+        """Open a video; return whether it can be opened."""
+        import cv2
+
+        self._limit(STREAM_BYTES)
+        # A new capture each time: calling `release()` crashes this version of OpenCV.
+        self._capture = cv2.VideoCapture(io.BytesIO(self._file(size)), cv2.CAP_FFMPEG, [])  # type: ignore[call-overload]
+        return bool(self._capture.isOpened())
+
+    def get(self, prop: int) -> float:
+        """Return a property, one of `cv2.CAP_PROP_…`."""
+        return float(self._capture.get(prop))
+
+    def set(self, prop: int, value: float) -> bool:
+        """Set a property; return whether OpenCV accepted the value."""
+        return bool(self._capture.set(prop, value))
+
+    def grab(self, times: int) -> list[bool]:
+        """Go forward by some frames; return whether each exists."""
+        return [bool(self._capture.grab()) for _ in range(times)]
+
+    def retrieve(self) -> tuple[int, ...] | None:
+        """Leave the current frame in the shared memory and return its shape; None if there is no frame."""
+        _, frame = self._capture.retrieve()
+        if frame is None:
+            return None
+        # A frame that is too large is not copied. The parent process rejects it by its shape.
+        if frame.nbytes <= len(self._memory):
+            self._memory[: frame.nbytes] = frame.tobytes()
+        return tuple(map(int, frame.shape))
+
+    def close_video(self) -> None:
+        """Free the video's memory."""
+        self._capture = None
+
+
+def _converted(image: Image.Image, mode: str | None, background: tuple[int, ...]) -> Image.Image:
+    """Convert an image as vLLM does: what is transparent takes the background's colour. None keeps the mode."""
+    if mode is None:
+        if image.mode in PLAIN_MODES:
+            return image
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == mode:
+        return image
+    if mode != "RGB" or not image.has_transparency_data:
+        return image.convert(mode)
+    layered = image if image.mode == "RGBA" else image.convert("RGBA")
+    flat = Image.new("RGB", image.size, background)
+    flat.paste(layered, mask=layered.getchannel("A"))
+    return flat
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise `MediaError` in place of the errors of the libraries, which are of any type for damaged files."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except MemoryError:
+        raise MediaTooLargeError("decoding it needs more memory than its header justifies") from None
+    except Exception:  # noqa: BLE001
+        raise MediaError(DAMAGED) from None
+
+
+def main(socket: int, memory: int, modules: str) -> None:
     """Answer requests until the other end closes the socket (EOFError)."""
-    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    for module in filter(None, modules.split(",")):
+        import_module(module)
+    _decode_small_images()
+    # Nobody reads warnings, and a file may cause any number.
+    warnings.simplefilter("ignore")
+    # The size of an image is checked by the parent process.
+    Image.MAX_IMAGE_PIXELS = None
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 2
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(socket)
-    frames = np.frombuffer(mmap.mmap(memory, 0), np.uint8)
-    # From here on no file and no connection can be opened, even if FFmpeg takes a video for a list of them.
+    decoder = Decoder(mmap.mmap(memory, 0))
+    if "av" in modules:
+        _decode_silence()
+    ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # From here on no file and no socket can be opened, even if FFmpeg takes a video for a list of them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    capture: Any = None
-    reply: object
     while True:
-        name, *arguments = json.loads(connection.recv_bytes())
-        if name == "close":
-            capture, reply = None, True
-        elif name == "open":
-            # A new capture each time: calling `release()` crashes this version of OpenCV.
-            capture = cv2.VideoCapture(io.BytesIO(connection.recv_bytes()), cv2.CAP_FFMPEG, [])  # type: ignore[call-overload]
-            reply = capture.isOpened()
-        elif name == "grab":
-            reply = [capture.grab() for _ in range(arguments[0])]
-        elif name == "retrieve":
-            reply = retrieve(capture, frames)
-        else:
-            reply = getattr(capture, name)(*arguments)
+        reply: list[Any]
+        operation = json.loads(connection.recv_bytes())
+        try:
+            with translated():
+                reply = [None, decoder.run(*operation)]
+        except MediaError as error:
+            reply = [type(error).__name__, str(error)]
         connection.send_bytes(json.dumps(reply).encode())
 
 
-def retrieve(capture: cv2.VideoCapture, frames: npt.NDArray[np.uint8]) -> tuple[int, ...] | None:
-    """Copy the current frame into shared memory; return its shape, or None if there is no frame."""
-    _, frame = capture.retrieve()
-    if frame is None:
-        return None
-    # A frame that is too large is not copied. The parent process rejects it by its shape.
-    if frame.size <= frames.size:
-        frames[: frame.size] = frame.reshape(-1)
-    return tuple(map(int, frame.shape))
+def _decode_small_images() -> None:
+    """Decode an image in each format: Pillow imports its modules when they are first needed."""
+    for (name,) in PILLOW_FORMATS.values():
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).quantize(2).convert("P" if name in ("PNG", "GIF") else "RGB").save(file, name)
+        with Image.open(file, formats=(name,)) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            _converted(image, "RGB", (0, 0, 0)).resize((4, 4)).tobytes()
 
 
-def exit_with_parent(parent: int) -> None:
-    """Exit soon after the parent process ends, even while a video is being decoded."""
+def _decode_silence() -> None:
+    """Decode a short sound: PyAV imports some of its modules at the first one."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+        sound.writeframes(bytes(320))
+    # Not in the shared memory, which may have a file already.
+    memory = mmap.mmap(-1, mmap.PAGESIZE)
+    memory.write(file.getvalue())
+    Decoder(memory).decode_sound(memory.tell(), None, True, None, None)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Exit soon after the parent process ends, even while something is being decoded."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
     os._exit(1)
@@ -76,4 +282,4 @@ def exit_with_parent(parent: int) -> None:
 
 if __name__ == "__main__":
     with suppress(EOFError):
-        main(*map(int, sys.argv[1:]))
+        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

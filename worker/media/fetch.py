@@ -5,13 +5,15 @@ checked addresses. Every redirect is checked as a new link. Proxies and credenti
 """
 
 import asyncio
+import ipaddress
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
+from aiohttp.resolver import AsyncResolver
 from yarl import URL
 
 from worker.errors import LinkServerRefusedError, MediaError, RefusedLinkError, TooSlowError, UnreachableError
@@ -21,6 +23,10 @@ from worker.media.checks import Limit, check_size
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 1 << 16
+HOST_CONNECTIONS = 32
+"""How many connections to one host are open at once, for all requests."""
+
+Reserve = Callable[[int], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +69,17 @@ def _matches(host: str, pattern: str) -> bool:
 
 def _parse(link: str) -> URL:
     """Parse a link. Its escapes are kept, since a signature may cover them, unless the link is not valid as written."""
-    url = URL(link)
-    if not (link.isascii() and link.isprintable() and " " not in link):
-        return url
-    exact = URL(link, encoded=True)
-    return exact if exact.host == url.host else url
+    try:
+        url = URL(link)
+        exact = URL(link, encoded=True)
+    except IndexError:
+        # yarl 1.x raises it for `http://[x]@/`.
+        raise ValueError("brackets in the wrong place") from None
+    if exact.raw_authority.startswith("["):
+        # Only the addresses of IPv6 may be in brackets. This raises ValueError for everything else.
+        ipaddress.IPv6Address((exact.host or "").partition("%")[0])
+    is_exact = link.isascii() and link.isprintable() and " " not in link
+    return exact if is_exact and exact.host == url.host else url
 
 
 class GuardedResolver(AbstractResolver):
@@ -96,18 +108,20 @@ class Fetcher:
 
     def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
-        self._resolver = resolver or ThreadedResolver()
+        # Names are resolved without threads: a name server that is silent holds up nobody else.
+        self._resolver = resolver or AsyncResolver()
 
-    async def get(self, link: str, limit: Limit) -> bytes:
-        """Return the file at a link, decompressed, of at most `limit` bytes.
+    async def get(self, link: str, limit: Limit, reserve: Reserve) -> bytes:
+        """Return the file at a link, decompressed, of at most `limit` bytes. `reserve` waits for memory.
 
         Raises:
             MediaError: the link is not allowed, or the fetch failed.
+            JobError: there is no memory for the file.
         """
         seconds = self._policy.seconds
         try:
             async with asyncio.timeout(seconds):
-                return await self._follow(_parse(link), limit)
+                return await self._follow(_parse(link), limit, reserve)
         except TimeoutError:
             raise TooSlowError(f"the link was not fetched within MEDIA_FETCH_TIMEOUT={seconds:g} s") from None
         except MediaError:
@@ -122,12 +136,12 @@ class Fetcher:
         except ValueError:
             raise MediaError("the link is not a valid URL") from None
 
-    async def _follow(self, url: URL, limit: Limit) -> bytes:
+    async def _follow(self, url: URL, limit: Limit, reserve: Reserve) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(url)
             async with self._session.get(url, allow_redirects=False) as response:
                 if response.status not in REDIRECTS:
-                    return await _read_body(response, limit)
+                    return await _read_body(response, limit, reserve)
                 location = response.headers.get("location")
             if not location:
                 raise UnreachableError("the link's server sent a redirect without a location")
@@ -137,7 +151,9 @@ class Fetcher:
     @cached_property
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=GuardedResolver(self._policy, self._resolver), limit=0),
+            connector=aiohttp.TCPConnector(
+                resolver=GuardedResolver(self._policy, self._resolver), limit=0, limit_per_host=HOST_CONNECTIONS
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": "runpod-vllm-worker", "Accept": "*/*"},
             trust_env=False,
@@ -148,7 +164,7 @@ class Fetcher:
         await self._session.close()
 
 
-async def _read_body(response: aiohttp.ClientResponse, limit: Limit) -> bytes:
+async def _read_body(response: aiohttp.ClientResponse, limit: Limit, reserve: Reserve) -> bytes:
     if response.status >= 500 or response.status in (408, 429):
         raise UnreachableError(f"the link's server answered with HTTP status {response.status}")
     if response.status >= 400:
@@ -156,6 +172,7 @@ async def _read_body(response: aiohttp.ClientResponse, limit: Limit) -> bytes:
     check_size(response.content_length or 0, limit)
     body = bytearray()
     async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+        await reserve(len(chunk))
         body += chunk
         check_size(len(body), limit)
     return bytes(body)

@@ -37,6 +37,22 @@ _FORMATS: tuple[tuple[bytes, str], ...] = (
     (_MPEG, "audio/mpeg"),
 )
 
+PILLOW_FORMATS = {f"image/{name.lower()}": (name,) for name in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")}
+"""Pillow's formats of the images that are accepted."""
+DEMUXERS = {
+    "video/quicktime": "mov",
+    "video/mp4": "mov",
+    "audio/mp4": "mov",
+    "video/webm": "matroska",
+    "video/x-msvideo": "avi",
+    "audio/wav": "wav",
+    "audio/flac": "flac",
+    "audio/ogg": "ogg",
+    "audio/aac": "aac",
+    "audio/mpeg": "mp3",
+}
+"""FFmpeg's demuxers of the sounds that are accepted."""
+
 _ID3 = re.compile(rb"ID3[\x02-\x04][\s\S]{2}([\0-\x7f]{4})")
 # Playlists and session descriptions: FFmpeg finds them anywhere in a file's first megabyte and opens what they list.
 _EXTERNAL_REFERENCE = re.compile(rb"c=IN IP|#EXTM3U|ffconcat version|dash:profile|<CompositionPlaylist", re.IGNORECASE)

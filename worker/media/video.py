@@ -1,102 +1,24 @@
-"""Decodes videos in child processes, because damaged videos can crash or hang OpenCV."""
+"""Reads frames of a video from a decoder process, because damaged videos can crash or hang OpenCV."""
 
-import json
-import mmap
-import os
-import queue
-import socket
-import subprocess
-import time
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from worker import processes
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media.checks import Limits, check_frames, check_pixels
+from worker.media.pool import DAMAGED, Process
+from worker.media.structure import check_frame_rate
 
-DAMAGED = "it cannot be decoded: the file is truncated or damaged"
-START_SECONDS = 30.0
 MAX_MISSES = 1000
 """How many frames in a row may be missing. A container may claim billions."""
 MAX_DEFERRED = 100
-MAX_IDLE = 2
-"""How many idle processes are kept for the next videos."""
+DECODER_PIXEL_BYTES = 32
+"""What FFmpeg keeps for each pixel of a frame: the frames that others refer to."""
 
 Frame = npt.NDArray[np.uint8]
-
-
-class _Process:
-    """One decoder process and the memory that it shares with this one, large enough for a frame of `frame_bytes`."""
-
-    def __init__(self, frame_bytes: int) -> None:
-        ours, theirs = socket.socketpair()
-        memory = os.memfd_create("frames")
-        os.ftruncate(memory, frame_bytes)
-        self.frames: Frame = np.frombuffer(mmap.mmap(memory, 0, prot=mmap.PROT_READ), np.uint8)
-        descriptors = (theirs.fileno(), memory)
-        with theirs, os.fdopen(memory):
-            # The worker's own environment is not passed on: it contains secrets.
-            self.popen = processes.start(
-                "worker.media.decoder",
-                *map(str, descriptors),
-                environ={"OPENCV_LOG_LEVEL": "OFF"},
-                pass_fds=descriptors,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        self.connection: Connection[Any, Any] = Connection(ours.detach())
-
-    def close(self) -> None:
-        self.popen.kill()
-        self.popen.wait()
-        self.connection.close()
-
-
-class Decoders:
-    """A pool of decoder processes. It starts a new one when none is idle."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        self._closed = False
-
-    def prepare(self) -> None:
-        """Start a process now, so that the first video does not wait for it."""
-        self._idle.put(self._start())
-
-    def capture(self) -> "Capture":
-        """Return a capture for one video. It uses a process until it is closed."""
-        return Capture(self._take(), self._limits, self._give_back)
-
-    def _take(self) -> _Process:
-        with suppress(queue.Empty):
-            while (process := self._idle.get_nowait()).popen.poll() is not None:
-                process.close()
-            return process
-        return self._start()
-
-    def _give_back(self, process: _Process) -> None:
-        if self._closed or self._idle.qsize() >= MAX_IDLE:
-            process.close()
-        else:
-            self._idle.put(process)
-
-    def _start(self) -> _Process:
-        return _Process(3 * int(self._limits.image_pixels.value))
-
-    def close(self) -> None:
-        """End the idle processes. A busy one ends when its capture is closed."""
-        self._closed = True
-        with suppress(queue.Empty):
-            while True:
-                self._idle.get_nowait().close()
 
 
 class Capture:
@@ -105,12 +27,11 @@ class Capture:
     Every method raises `MediaError` once the video turns out to be damaged, too large or too slow to decode.
     """
 
-    def __init__(self, process: _Process, limits: Limits, give_back: Callable[[_Process], None]) -> None:
-        self._process: _Process | None = process
-        self._frames = process.frames
+    def __init__(self, process: Process, limits: Limits, reserve: Callable[[int], None]) -> None:
+        self._process = process
         self._limits = limits
-        self._give_back = give_back
-        self._deadline = time.monotonic() + START_SECONDS + limits.decode_seconds.value
+        self._reserve = reserve
+        """Counts bytes for the request, and waits until there is memory for them."""
         self._skipping = False
         self._deferred = 0
         self._misses = 0
@@ -118,7 +39,8 @@ class Capture:
 
     def open(self, data: bytes) -> None:
         """Open a video, and compare its container's metadata with the limits before any frame is decoded."""
-        if not self._request("open", video=data):
+        self._process.begin(data, self._limits.decode_seconds)
+        if not self._process.request("open_video", len(data)):
             raise MediaError(DAMAGED)
         width, height = int(self.get(cv2.CAP_PROP_FRAME_WIDTH)), int(self.get(cv2.CAP_PROP_FRAME_HEIGHT))
         frames, rate = self.get(cv2.CAP_PROP_FRAME_COUNT), self.get(cv2.CAP_PROP_FPS)
@@ -126,11 +48,10 @@ class Capture:
         if width < 1 or height < 1:
             raise MediaError(DAMAGED)
         check_pixels(width, height, self._limits.image_pixels)
-        if not (frames >= 1 and rate > 0):
-            raise MediaError("its container does not state its duration; remux the video")
+        check_frame_rate(frames, rate, longest.value)
         if frames / rate > longest.value:
             raise MediaTooLargeError(f"it is {frames / rate:.0f} s long, which is more than {longest} allows")
-        self._deadline = time.monotonic() + self._limits.decode_seconds.value
+        self._reserve(DECODER_PIXEL_BYTES * width * height)
 
     def get(self, prop: int) -> float:
         """Return a property, one of `cv2.CAP_PROP_…`."""
@@ -157,7 +78,7 @@ class Capture:
         times, self._deferred = self._deferred + more, 0
         if not times:
             return True
-        grabbed: list[bool] = self._request("grab", times)
+        grabbed: list[bool] = self._process.request("grab", times)
         self._misses = 0 if any(grabbed) else self._misses + times
         if self._misses > MAX_MISSES:
             raise MediaError(DAMAGED)
@@ -177,46 +98,20 @@ class Capture:
         check_pixels(width, height, self._limits.image_pixels)
         self._pixels += height * width
         check_frames(self._pixels, self._limits)
-        return True, self._frames[: height * width * channels].reshape(height, width, channels)
+        size = height * width * channels
+        self._reserve(size)
+        return True, np.frombuffer(self._process.result(size), np.uint8).reshape(height, width, channels)
 
     def read(self) -> tuple[bool, Frame | None]:
         """Go to the next frame and return it as `retrieve` does."""
         return self.retrieve() if self.grab() else (False, None)
 
-    def abort(self) -> None:
-        """Make the call that another thread is waiting for fail at once."""
-        if process := self._process:
-            process.popen.kill()
-
     def close(self) -> None:
-        """Return the process to the pool if it still works."""
-        if self._process is None:
-            return
-        self._deadline = time.monotonic() + START_SECONDS
-        with suppress(MediaError):
-            self._request("close")
-            process, self._process = self._process, None
-            self._give_back(process)
+        """Free the video's memory in the process."""
+        if self._process.is_alive:
+            self._process.request("close_video")
 
     def _request_after_grabs(self, name: str, *arguments: object) -> Any:
         self._send_grabs()
         self._skipping = False
-        return self._request(name, *arguments)
-
-    def _request(self, name: str, *arguments: object, video: bytes | None = None) -> Any:
-        """Send a request and return the reply. Without a reply, end the process, whose state is then unknown."""
-        if self._process is None:
-            raise MediaError(DAMAGED)
-        connection, is_late = self._process.connection, False
-        with suppress(OSError, EOFError, ValueError):
-            connection.send_bytes(json.dumps([name, *arguments]).encode())
-            if video is not None:
-                connection.send_bytes(video)
-            if connection.poll(max(0.0, self._deadline - time.monotonic())):
-                return json.loads(connection.recv_bytes())
-            is_late = True
-        self._process.close()
-        self._process = None
-        if is_late:
-            raise MediaTooLargeError(f"it takes longer to decode than {self._limits.decode_seconds} s allows")
-        raise MediaError(DAMAGED)
+        return self._process.request(name, *arguments)

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from worker.model.prefetch import free_memory
+from worker.memory import free_memory
 
 SHARED_BYTES = 1 << 30
 """What several GPUs need of /dev/shm to communicate."""

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from worker import race
-from worker.errors import BodyMemoryError, InternalError, JobError, JobTimeoutError, status_of
+from worker.errors import InternalError, JobError, JobTimeoutError, status_of
 from worker.lifecycle import Lifecycle
+from worker.memory import Budget, container_memory, current_account
 from worker.request import sse
 from worker.request.asgi import (
     DISCONNECT_SECONDS,
@@ -24,23 +25,26 @@ from worker.request.asgi import (
     with_headers,
 )
 from worker.request.routes import label_of
+from worker.request.shape import check_shape
 from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
 from worker.telemetry.logs import frames
 
+FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
+"""The content types of bodies that are not JSON. Some routes of vLLM parse all others, whatever their type."""
 TRACE_HEADERS = (b"traceparent", b"tracestate")
 
 log = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """The layers around an app. The memory of request bodies is shared by all apps of one pipeline."""
+    """The layers around an app. The memory of requests is shared by all apps of one pipeline."""
 
     def __init__(self, settings: Settings, lifecycle: Lifecycle, telemetry: Telemetry) -> None:
         self._seconds = settings.request_timeout
         self._lifecycle = lifecycle
         self._telemetry = telemetry
-        self.memory = BodyMemory(settings.max_total_request_bytes)
+        self.memory = Budget(settings.max_total_request_bytes or container_memory() // 4)
 
     def around(self, app: App) -> App:
         """Return `app` inside all layers."""
@@ -197,41 +201,17 @@ class TimeLimit:
         return self._lifecycle.error()
 
 
-class BodyMemory:
-    """The bytes of all request bodies that are held, and their limit."""
-
-    JOB_BYTES = 20_000_000
-    """The largest job that RunPod accepts."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.held = 0
-
-    def take(self, size: int, own: int = 0) -> None:
-        """Reserve `size` bytes for a request that holds `own` bytes already. A request that is alone always fits.
-
-        Raises:
-            BodyMemoryError: the other bodies leave too little room.
-        """
-        if self.held > own and self.held + size > self._limit:
-            raise BodyMemoryError(self.held, self._limit)
-        self.held += size
-
-    def room(self) -> int:
-        """Return the number of jobs of any size for which there is memory."""
-        return max((self._limit - self.held) // self.JOB_BYTES, 0 if self.held else 1)
-
-
 class BodyBudget:
-    """Reads the request's body and counts it, from its first byte until the request ends."""
+    """Reads the request's body, and counts the memory of the request from its first byte until it ends."""
 
-    def __init__(self, app: App, memory: BodyMemory) -> None:
+    def __init__(self, app: App, memory: Budget) -> None:
         self._app = app
         self._memory = memory
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         pieces: list[bytes] = []
-        held = 0
+        account = self._memory.account()
+        current_account.set(account)
         try:
             more = True
             while more:
@@ -239,8 +219,7 @@ class BodyBudget:
                 if message["type"] == "http.disconnect":
                     return
                 piece = message.get("body", b"")
-                self._memory.take(len(piece), held)
-                held += len(piece)
+                await account.take(len(piece))
                 pieces.append(piece)
                 more = message.get("more_body", False)
 
@@ -249,11 +228,13 @@ class BodyBudget:
                     return await receive()
                 body = b"".join(pieces)
                 pieces.clear()
+                if not header(scope, b"content-type").startswith(FORMS):
+                    check_shape(body)
                 return {"type": "http.request", "body": body, "more_body": False}
 
             await self._app(scope, receive_body_first, send)
         finally:
-            self._memory.held -= held
+            account.close()
 
 
 @contextmanager

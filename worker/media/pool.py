@@ -1,0 +1,230 @@
+"""The processes that decode media: each serves one image, video or sound at a time, and can be killed at any time."""
+
+import asyncio
+import json
+import mmap
+import os
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from worker import processes
+from worker.errors import MediaError, MediaTooLargeError
+from worker.media.checks import Limit
+
+START_SECONDS = 30.0
+LARGE_BYTES = 8 << 20
+"""Shared memory beyond this is freed after each use."""
+PATIENCE_SECONDS = 0.25
+"""How long media wait for a process that is in use before they get another one."""
+MORE = 4
+"""How many times as many processes there may be then."""
+ERRORS: dict[str | None, type[MediaError]] = {error.__name__: error for error in (MediaError, MediaTooLargeError)}
+ENVIRONMENT = {
+    # One heap for all threads: each further heap takes address space.
+    "MALLOC_ARENA_MAX": "1",
+    "OPENCV_LOG_LEVEL": "OFF",
+    # FFmpeg must not take a file for a playlist or a description of a network stream.
+    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "format_whitelist;mov,mp4,matroska,webm,avi,gif",
+}
+"""The whole environment of the processes. The worker's own contains secrets."""
+
+Result = TypeVar("Result")
+
+DAMAGED = "it cannot be decoded: the file is truncated or damaged"
+
+
+class Process:
+    """One decoder process (`decoder.py`), and the memory that it shares with this one."""
+
+    def __init__(self, memory_bytes: int, modules: Iterable[str]) -> None:
+        ours, theirs = socket.socketpair()
+        descriptor = os.memfd_create("media")
+        os.ftruncate(descriptor, memory_bytes)
+        self.memory = mmap.mmap(descriptor, 0)
+        descriptors = (theirs.fileno(), descriptor)
+        with theirs, os.fdopen(descriptor):
+            self._popen = processes.start(
+                "worker.media.decoder",
+                *map(str, descriptors),
+                ",".join(modules),
+                environ=ENVIRONMENT,
+                pass_fds=descriptors,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        self._connection: Connection[Any, Any] = Connection(ours.detach())
+        self._deadline = time.monotonic() + START_SECONDS
+        self._limit: Limit | None = None
+        self._used = 0
+        self._is_killed = False
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can decode."""
+        return not self._is_killed and self._popen.poll() is None
+
+    def begin(self, data: bytes, limit: Limit) -> None:
+        """Copy a file into the shared memory, and give the process the seconds in `limit` to decode it."""
+        if len(data) > len(self.memory):
+            raise MediaTooLargeError(f"it has more than {len(self.memory)} bytes")
+        self.memory[: len(data)] = data
+        self._used = len(data)
+        if self._limit is None:
+            # The first file also waits for the start of the process, until the deadline that the constructor set.
+            self.request("ready")
+        self._limit, self._deadline = limit, time.monotonic() + limit.value
+
+    def request(self, operation: str, *arguments: object) -> Any:
+        """Send a request and return its result. Without a reply the process is killed: its state is unknown.
+
+        Raises:
+            MediaError: the media are damaged, too large, or take too long.
+        """
+        is_late = False
+        with suppress(OSError, EOFError, ValueError):
+            self._connection.send_bytes(json.dumps([operation, *arguments]).encode())
+            if self._connection.poll(max(0.0, self._deadline - time.monotonic())):
+                error, result = json.loads(self._connection.recv_bytes())
+                if error:
+                    raise ERRORS.get(error, MediaError)(str(result))
+                return result
+            is_late = True
+        self.kill()
+        if is_late:
+            raise MediaTooLargeError(f"it takes longer to decode than {self._limit} s allows")
+        raise MediaError(DAMAGED)
+
+    def result(self, size: int) -> memoryview:
+        """Return the first bytes of the shared memory. The next use overwrites them."""
+        self._used = max(self._used, size)
+        return memoryview(self.memory)[:size]
+
+    def free(self) -> None:
+        """Give large shared memory back to the system."""
+        if self._used > LARGE_BYTES:
+            self.memory.madvise(mmap.MADV_REMOVE)
+        self._used = 0
+
+    def kill(self) -> None:
+        """End the process. A call of `request` in another thread fails at once."""
+        self._is_killed = True
+        self._popen.kill()
+
+    def close(self) -> None:
+        """End the process and free its resources."""
+        self.kill()
+        self._popen.wait()
+        self._connection.close()
+
+
+class Pool:
+    """The processes, and who may use one next. It starts a process when none is idle, and keeps `each`.
+
+    A request may use `each` processes at once. All requests together use as many, or more if media have to wait for
+    long, because others are slow to decode. The request that uses the fewest processes comes first.
+    """
+
+    def __init__(self, each: int, start: Callable[[], Process]) -> None:
+        self._each = each
+        self._start = start
+        self._idle: list[Process] = []
+        self._waiting: list[_Turn] = []
+        self._using: Counter[object] = Counter()
+        self._long = 0
+        self._threads = ThreadPoolExecutor(MORE * each + 2, thread_name_prefix="media")
+        self._is_closed = False
+
+    async def prepare(self) -> None:
+        """Start a process now, so that the first media do not wait for it."""
+        self._idle.append(await self.in_thread(self._start))
+
+    async def in_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Call `work` in a thread for media, with the context of the caller."""
+        call = partial(copy_context().run, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    @asynccontextmanager
+    async def process(self, request: object, *, is_long: bool = False) -> AsyncIterator[Process]:
+        """Lend a process to a request. If the caller is cancelled, the process is killed, and its work fails."""
+        loop = asyncio.get_running_loop()
+        turn = _Turn(request, is_long, loop.create_future(), loop.time())
+        self._waiting.append(turn)
+        self._serve()
+        hurry = loop.call_later(PATIENCE_SECONDS, self._serve)
+        try:
+            await turn.future
+            idle = self._idle_process()
+            process = idle if idle is not None else await self.in_thread(self._start)
+            try:
+                yield process
+            except asyncio.CancelledError:
+                process.kill()
+                raise
+            finally:
+                self._give_back(process)
+        finally:
+            hurry.cancel()
+            self._end(turn)
+
+    def _serve(self) -> None:
+        """Let those go on who may, those with the fewest processes first."""
+        now = asyncio.get_running_loop().time()
+        for turn in sorted(self._waiting, key=lambda turn: self._using[turn.request]):
+            most = self._each if now - turn.since < PATIENCE_SECONDS else MORE * self._each
+            # Videos and sounds may take minutes. They never use all processes.
+            is_crowded = turn.is_long and self._long >= (MORE - 1) * self._each
+            if self._using.total() < most and self._using[turn.request] < self._each and not is_crowded:
+                self._waiting.remove(turn)
+                self._using[turn.request] += 1
+                self._long += turn.is_long
+                turn.future.set_result(None)
+
+    def _end(self, turn: "_Turn") -> None:
+        if turn in self._waiting:
+            self._waiting.remove(turn)
+            return
+        self._using[turn.request] -= 1
+        self._using += Counter()  # Removes those with none.
+        self._long -= turn.is_long
+        self._serve()
+
+    def _idle_process(self) -> Process | None:
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_alive:
+                return process
+            self._threads.submit(process.close)
+        return None
+
+    def _give_back(self, process: Process) -> None:
+        if self._is_closed or not process.is_alive or len(self._idle) >= self._each:
+            self._threads.submit(process.close)
+        else:
+            process.free()
+            self._idle.append(process)
+
+    def close(self) -> None:
+        """End the idle processes. A busy one ends when its work does."""
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().close()
+        self._threads.shutdown(wait=False)
+
+
+@dataclass(eq=False, slots=True)
+class _Turn:
+    request: object
+    is_long: bool
+    future: "asyncio.Future[None]"
+    since: float

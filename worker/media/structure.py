@@ -1,0 +1,61 @@
+"""Checks of a file's structure before it is decoded: claims that cost a decoder far more than an honest file. Pure."""
+
+from collections.abc import Iterator
+
+from worker.errors import MediaError, MediaTooLargeError
+
+MAX_JPEG_SCANS = 64
+"""Encoders write about ten. Each scan of a progressive JPEG goes over the whole image again."""
+MAX_JPEG_SEGMENTS = 10_000
+MAX_TILE_PIXELS = 4 << 20
+"""A tile of a TIFF may be larger than the image, but not by much."""
+MAX_FRAME_RATE = 1000.0
+"""Frames per second of a video. Cameras for slow motion record up to 960."""
+
+_SCAN = b"\xff\xda"
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+
+
+def check_jpeg(data: bytes) -> None:
+    """Raise `MediaTooLargeError` if a JPEG file has too many segments or scans."""
+    segments = 0
+    for segments, position in enumerate(_segments(data)):
+        if segments >= MAX_JPEG_SEGMENTS:
+            raise MediaTooLargeError(f"it has more than {MAX_JPEG_SEGMENTS} segments; save it again as JPEG")
+        if data.startswith(_SCAN, position):
+            break
+    # Within compressed data an 0xFF is followed by 0, so this finds markers only, and those of a thumbnail.
+    if data.count(_SCAN) > MAX_JPEG_SCANS:
+        raise MediaTooLargeError(f"it has more than {MAX_JPEG_SCANS} scans; save it as a baseline JPEG")
+
+
+def _segments(data: bytes) -> Iterator[int]:
+    """Yield the position of each segment's marker."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        yield position
+        marker = data[position + 1]
+        has_no_length = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD9
+        if marker == 0xFF:
+            position += 1
+        else:
+            position += 2 if has_no_length else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+
+
+def check_tiles(tags: dict[int, object], width: int, height: int) -> None:
+    """Raise `MediaTooLargeError` if the tiles of a TIFF image are far larger than the image. `tags` are its tags."""
+    tile = [value for tag in (_TILE_WIDTH, _TILE_HEIGHT) if isinstance(value := tags.get(tag), int)]
+    if len(tile) == 2 and tile[0] * tile[1] > max(MAX_TILE_PIXELS, 4 * width * height):
+        raise MediaTooLargeError(
+            f"its tiles of {tile[0]} x {tile[1]} pixels are far larger than the image of {width} x {height} pixels"
+        )
+
+
+def check_frame_rate(frames: float, rate: float, seconds: float) -> None:
+    """Raise `MediaError` if a video claims an impossible rate, or more frames than `seconds` may have."""
+    if not (frames >= 1 and rate > 0):
+        raise MediaError("its container does not state its duration; remux the video")
+    if rate > MAX_FRAME_RATE:
+        raise MediaTooLargeError(f"it claims {rate:.0f} frames per second; at most {MAX_FRAME_RATE:.0f} are accepted")
+    if frames > MAX_FRAME_RATE * seconds:
+        raise MediaTooLargeError(f"it claims {frames:.0f} frames")
