@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from worker.errors import Json
+from worker.memory import Budget
 from worker.request.asgi import App, Receive, Request, Send, exchange
 from worker.settings import Settings
 from worker.telemetry.usage import EngineLoad
@@ -23,7 +24,7 @@ class ScriptedEngine:
         self.steps: list[tuple[str, str]] = []
         self.statuses_while_attaching: list[int] = []
 
-    async def attach(self) -> App:
+    async def attach(self, _memory: Budget) -> App:
         self._record("attach")
         self.statuses_while_attaching = [(await call(self._worker.gate, path))[0] for path in ("/ping", "/v1/models")]
         return models
@@ -107,7 +108,7 @@ def test_the_attached_app_answers_the_routes_of_worker_and_engine(worker: Worker
 
 def test_an_engine_that_cannot_attach_leaves_the_worker_not_ready(worker: Worker) -> None:
     class FailingEngine(ScriptedEngine):
-        async def attach(self) -> App:
+        async def attach(self, _memory: Budget) -> App:
             raise ValueError("no chat template")
 
     engine: Any = FailingEngine(worker)

@@ -40,8 +40,8 @@ class Worker:
         self.lifecycle = Lifecycle()
         self.telemetry = Telemetry(settings.model_name)
         self.startup_phases = StartupPhases()
-        self.own_routes = OwnRoutes(self.lifecycle, self.telemetry, settings, self.startup_phases)
         self.pipeline = Pipeline(settings, self.lifecycle, self.telemetry)
+        self.own_routes = OwnRoutes(self.lifecycle, self.telemetry, settings, self.startup_phases, self.pipeline.memory)
         self.gate = Gate(self.own_routes, self.lifecycle, self.telemetry, settings, self.pipeline)
         self._engine: Engine | None = None
         self._compile_cache: CompileCache | None = None

@@ -74,8 +74,8 @@ class ServedWorker:
         registry = CollectorRegistry()
         self.lifecycle = Lifecycle()
         self.telemetry = Telemetry("model", registry)
-        own_routes = OwnRoutes(self.lifecycle, self.telemetry, settings, StartupPhases(registry))
         pipeline = Pipeline(settings, self.lifecycle, self.telemetry)
+        own_routes = OwnRoutes(self.lifecycle, self.telemetry, settings, StartupPhases(registry), pipeline.memory)
         self.memory = pipeline.memory
         self.gate = Gate(own_routes, self.lifecycle, self.telemetry, settings, pipeline, body_seconds=body_seconds)
         self.engine = engine

@@ -235,7 +235,7 @@ def test_the_memory_of_the_bodies_of_running_requests_is_bounded() -> None:
         serving(waiting, concurrency=100, max_total_request_bytes=20_000_000) as worker,
         ThreadPoolExecutor(8) as pool,
     ):
-        posts = [pool.submit(worker.post, json=None, content=bytes(19_000_000)) for _ in range(8)]
+        posts = [pool.submit(worker.post, json=None, content=b"x" * 19_000_000) for _ in range(8)]
         wait_until("one request runs; the others wait or are refused", lambda: worker.gate.running == 1)
         assert 19_000_000 <= worker.memory.held <= 20_000_000
         worker.end_requests()

@@ -46,6 +46,7 @@ def test_info_hides_keys() -> None:
     with serving(worker_api_key="hush-hush", vllm_extra_args="--api-key hush-hush") as worker:
         info = worker.get("/info", headers={"authorization": "Bearer hush-hush"})
         assert info.json()["settings"]["worker_api_key"] == "***"
+        assert info.json()["request_memory_bytes"] == {"held": 0, "limit": worker.memory.limit}
         assert "hush" not in info.text
 
 

@@ -3,30 +3,45 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import PoolingRequestOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector, RequestState
 from vllm.v1.metrics.stats import SchedulerStats
 
+from worker.engine.grammars import Grammars
 from worker.memory import current_account
 from worker.request.pace import Pace, current_pace
 from worker.telemetry.usage import EngineLoad, EngineUsage, current_usage
 
+MAX_PROMPTS = 2048
+"""How many prompts a request may have. Clients send embeddings in batches of this size."""
+
 
 class Client(AsyncLLM):
-    """vLLM's client, which replaces the collector of each request that belongs to a job."""
+    """vLLM's client, which checks the grammar of each request, and replaces its collector if it belongs to a job."""
 
-    async def add_request(self, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> RequestOutputCollector:
-        collector = await super().add_request(request_id, prompt, *args, **kwargs)
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self)
+
+    async def add_request(
+        self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> RequestOutputCollector:
+        usage, pace = current_usage.get(), current_pace.get()
+        if usage is not None and usage.requests >= MAX_PROMPTS:
+            raise VLLMValidationError(f"A request may have at most {MAX_PROMPTS} prompts. Send several requests.")
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            await self._grammars.check(params.structured_outputs)
+        collector = await super().add_request(request_id, prompt, params, *args, **kwargs)
         if (account := current_account.get()) is not None:
             # The prompt has been processed: vLLM needs the files and their pixels no longer.
             account.give_back_media()
-        usage, pace = current_usage.get(), current_pace.get()
         if usage is None:
             return collector
         collector = PacedCollector(collector, pace) if pace and collector.aggregate else _Collector(collector)

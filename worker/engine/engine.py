@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from argparse import Namespace
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import SimpleNamespace
 
 import torch
@@ -50,6 +50,8 @@ class Engine:
         # Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead.
         self._liveness = SimpleNamespace(should_exit=False)
         self._lifespan: asyncio.Task[None] | None = None
+        self._later: asyncio.Task[None] | None = None
+        """Warm-up that jobs need not wait for."""
 
     @classmethod
     def load(cls, args: Namespace, settings: Settings, meanwhile: Work, first_cause: FirstCause) -> "Engine":
@@ -102,6 +104,7 @@ class Engine:
         if self._media_limits:
             await guard.decoders.pool.prepare()
         (await race.first(self._warm_up(app), self._fail_when_dead())).result()
+        self._later = asyncio.create_task(_generate_structured(app))
         return app
 
     def _guard(self, memory: Budget) -> Guard:
@@ -181,3 +184,13 @@ async def _generate(app: App, path: str, body: Json) -> None:
     if response.status >= 400:
         # Some models do not generate, or have no chat template.
         log.info("No warm-up through %s: HTTP %d", path, response.status)
+
+
+async def _generate_structured(app: App) -> None:
+    """Have vLLM create xgrammar's compiler, which takes about a second for a large vocabulary.
+
+    vLLM keeps the library that its first request with structured output needs. A caller's rare schema could make that
+    another library, which then refuses most grammars of all later requests.
+    """
+    with suppress(StartupError):
+        await _generate(app, "/v1/completions", {"prompt": "Hello", "structured_outputs": {"choice": ["a"]}})

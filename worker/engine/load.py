@@ -14,6 +14,7 @@ from vllm.utils.system_utils import set_ulimit
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker.engine.client import Client
+from worker.engine.grammars import bound_steps
 from worker.engine.startup_errors import VLLM_ERRORS, failure, one_line, translated
 from worker.engine.versions import propagate_flash_late_interaction
 from worker.errors import StartupError
@@ -36,6 +37,8 @@ def load(args: Namespace, settings: Settings, meanwhile: Work, first_cause: Firs
     with translated():
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     _set_start_method(settings.libraries.start_method)
+    # The engine process inherits it when it is forked.
+    bound_steps()
     ended = threading.Event()
     # With data parallelism several processes are forked, and nothing shows when the last one exists.
     if config.parallel_config.data_parallel_size == 1:

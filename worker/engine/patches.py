@@ -1,15 +1,17 @@
 """What the worker replaces in vLLM and FastAPI for the whole process, where they offer no other way."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
 from fastapi.dependencies import utils as dependencies
+from fastapi.dependencies.utils import request_body_to_args
 from vllm.entrypoints.serve.exception_handling import utils as messages
 from vllm.entrypoints.speech_to_text.base import serving as speech
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from worker.engine import grammars, validation
+from worker.engine import validation
 from worker.engine.connector import Connector, Guard
 from worker.settings.environment import MEDIA_CONNECTOR
 
@@ -23,7 +25,6 @@ def install(guard: Guard) -> None:
     # The routes for transcription and translation decode what was uploaded, without a connector.
     setattr(speech, "load_audio", guard.load_audio)  # noqa: B010 - for mypy
     # FastAPI calls this function for the body of every request.
-    setattr(dependencies, "request_body_to_args", validation.in_threads(dependencies.request_body_to_args))  # noqa: B010
+    setattr(dependencies, "request_body_to_args", validation.in_threads(request_body_to_args))  # noqa: B010
     # Many modules hold the function that removes paths from vLLM's error messages. It finds `re` by this name.
-    setattr(messages, "re", SimpleNamespace(sub=validation.bounded(vars(messages)["re"].sub)))  # noqa: B010
-    grammars.install()
+    setattr(messages, "re", SimpleNamespace(sub=validation.bounded(re.sub)))  # noqa: B010

@@ -16,11 +16,14 @@ from pydantic_core import SchemaValidator
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from vllm.exceptions import VLLMValidationError
 
 from worker.engine.media_errors import current_body
 
 LARGE_BYTES = 30_000
 """Bodies above this size are validated in a thread. Smaller ones take less than 0.1 s."""
+MAX_CONVERSATIONS = 512
+"""How many conversations a batch may have."""
 MAX_ERRORS = 1_000
 """How many errors are kept; vLLM's message has the first ten. One mistake makes up to a few hundred."""
 MAX_KEY_CHARACTERS = 100
@@ -37,13 +40,24 @@ def in_threads(validate: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
     """Return FastAPI's `request_body_to_args` as a function that validates large bodies in a thread."""
 
     async def validate_in_thread(**arguments: Any) -> Any:
-        body = current_body.get()
-        if body is None or body.size <= LARGE_BYTES or not isinstance(arguments["received_body"], dict | list):
+        body, received = current_body.get(), arguments["received_body"]
+        _check_conversations(received)
+        if body is None or body.size <= LARGE_BYTES or not isinstance(received, dict | list):
             return await validate(**arguments)
         # For a JSON body, FastAPI's coroutine waits for nothing that belongs to the event loop.
         return await body.in_thread(asyncio.run, validate(**arguments))
 
     return validate_in_thread
+
+
+def _check_conversations(body: Any) -> None:
+    """Raise vLLM's validation error for a batch of too many conversations, all of which vLLM renders at once."""
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if isinstance(messages, list) and len(messages) > MAX_CONVERSATIONS and isinstance(messages[0], list):
+        raise VLLMValidationError(
+            f"messages has {len(messages)} conversations; at most {MAX_CONVERSATIONS} are accepted. "
+            "Send several requests."
+        )
 
 
 def bounded(sub: Callable[[str, str, str], str]) -> Callable[[str, str, str], str]:

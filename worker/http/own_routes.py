@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from worker import __version__
 from worker.lifecycle import Lifecycle, State
+from worker.memory import Budget
 from worker.request.asgi import App, Message, Receive, Send
 from worker.request.routes import OWN_ROUTES
 from worker.settings.settings import Settings
@@ -55,22 +56,35 @@ class Info(BaseModel):
     settings: dict[str, Any]
     """The worker's own settings without secrets."""
     startup_seconds: dict[str, float]
+    request_memory_bytes: dict[str, int]
+    """What the bodies and media of all requests hold, and may hold: `held`, `limit`."""
 
 
 class OwnRoutes:
-    """The routes, as the ASGI app `app`."""
+    """The routes, as the ASGI app `app`. `memory` is the budget of all requests."""
 
     def __init__(
-        self, lifecycle: Lifecycle, telemetry: Telemetry, settings: Settings, startup_phases: StartupPhases
+        self,
+        lifecycle: Lifecycle,
+        telemetry: Telemetry,
+        settings: Settings,
+        startup_phases: StartupPhases,
+        memory: Budget,
     ) -> None:
         self._lifecycle = lifecycle
         self._telemetry = telemetry
         self._settings = settings
         self._startup_phases = startup_phases
+        self._memory = memory
         self.engine: dict[str, Any] | None = None
         """The description of the engine, once it is loaded."""
         ready = Gauge("worker_ready", "1 while the worker answers jobs.", registry=telemetry.registry)
         ready.set_function(lambda: lifecycle.state == "ready")
+        name = "worker_request_memory"
+        held = Gauge(f"{name}_bytes", "Memory of all requests' bodies and media.", registry=telemetry.registry)
+        held.set_function(lambda: memory.held)
+        limit = Gauge(f"{name}_limit_bytes", "The limit of this memory.", registry=telemetry.registry)
+        limit.set(memory.limit)
         self.app = FastAPI(title="RunPod vLLM worker", version=__version__, docs_url=None, redoc_url=None)
         unhealthy: dict[int | str, dict[str, Any]] = {503: {"model": Health}}
         self.app.get("/ping", responses={204: {}, 503: {}}, response_class=Response)(self.ping)
@@ -119,6 +133,7 @@ class OwnRoutes:
             gpus=gpu.installed(),
             settings=self._settings.public(),
             startup_seconds=self._startup_phases.seconds,
+            request_memory_bytes={"held": self._memory.held, "limit": self._memory.limit},
         )
 
     async def metrics(self) -> Response:

@@ -68,6 +68,11 @@ class Usage:
         """Whether the job has had any request in the engine."""
         return bool(self._requests)
 
+    @property
+    def requests(self) -> int:
+        """How many requests the job has had in the engine."""
+        return len(self._requests)
+
     def add(self, request: Callable[[], EngineUsage]) -> None:
         """Add a request. Its usage is read whenever the total is, also after its end."""
         self._requests.append(request)
