@@ -72,18 +72,19 @@ def test_more_than_all_requests_may_hold_is_refused_at_once() -> None:
 
 
 def test_requests_that_wait_for_each_other_are_not_stuck() -> None:
-    """The last is refused, so that the others can go on."""
+    """The one that holds the most is refused, so that the others can go on."""
 
     async def run() -> None:
-        _, (first, second) = accounts(10, 2)
-        await first.take(5)
-        await second.take(5)
-        waiting = asyncio.create_task(first.take(2))
+        _, (small, large) = accounts(10, 2)
+        await large.take(6)
+        await small.take(4)
+        waiting = asyncio.create_task(large.take(2))
         await asyncio.sleep(0)
+        second = asyncio.create_task(small.take(2))
         with pytest.raises(MemoryBusyError):
-            await second.take(2)
-        second.close()
-        await waiting
+            await waiting
+        large.close()
+        await second
 
     asyncio.run(run())
 

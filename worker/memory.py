@@ -96,13 +96,14 @@ class Budget:
                 waiting.turn.set_result(None)
 
     def _refuse_if_stuck(self) -> None:
-        """Refuse the request that began to wait last if nobody is left who could give memory back."""
+        """Refuse the request that holds the most if all that hold anything wait: nobody is left to give memory back."""
         stuck = {waiting.account for waiting in self._waiting}
         if all(account in stuck for account in self._accounts if account.held):
-            last = self._waiting.pop()
-            is_alone = last.account.held == self.held
+            largest = max(self._waiting, key=lambda waiting: waiting.account.held)
+            self._waiting.remove(largest)
+            is_alone = largest.account.held == self.held
             error: JobError = MemoryExceededError(self.limit) if is_alone else MemoryBusyError(self.held, self.limit)
-            last.turn.set_exception(error)
+            largest.turn.set_exception(error)
 
     def close(self, account: "Account") -> None:
         """Free everything that an account holds, and end its waits."""
@@ -154,7 +155,7 @@ class Account:
 
     def give_back_media(self, size: int | None = None) -> None:
         """Free `size` bytes of media; None: all of them, because the engine has the request."""
-        size = self.media if size is None else size
+        size = self.media if size is None else min(size, self.media)
         self.media -= size
         self.give_back(size)
 

@@ -276,7 +276,7 @@ def test_a_long_message_is_cleaned_at_little_cost(text: str) -> None:
         "The model `org/name` does not exist.",
         "The model `/models/org/name-7B.gguf` and /usr/lib/python3/x.py, a/b/c/d.e, /v1/chat/completions",
         'Traceback\n  File "/usr/lib/x.py", line 3, in f\n    x()\nValueError: <object at 0x7f00>',
-        "Line one\nLine two " * 300,
+        "Line one\nLine two " * 150,
     ],
 )
 def test_an_ordinary_message_is_cleaned_as_by_vllm(message: str) -> None:

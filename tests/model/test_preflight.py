@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.model.test_snapshots import write
-from worker.model import preflight
 from worker.memory import free_memory
+from worker.model import preflight
 
 FULL = Path("/proc")
 """A folder that is not writable and whose file system has no free space."""

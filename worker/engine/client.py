@@ -21,6 +21,8 @@ from worker.telemetry.usage import EngineLoad, EngineUsage, current_usage
 
 MAX_PROMPTS = 2048
 """How many prompts a request may have. Clients send embeddings in batches of this size."""
+MAX_BAD_WORDS = 100_000
+"""How many characters all `bad_words` of a request may have together."""
 
 
 class Client(AsyncLLM):
@@ -36,8 +38,12 @@ class Client(AsyncLLM):
         usage, pace = current_usage.get(), current_pace.get()
         if usage is not None and usage.requests >= MAX_PROMPTS:
             raise VLLMValidationError(f"A request may have at most {MAX_PROMPTS} prompts. Send several requests.")
-        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
-            await self._grammars.check(params.structured_outputs)
+        if isinstance(params, SamplingParams):
+            # vLLM tokenizes them in the event loop.
+            if sum(map(len, params.bad_words or ())) > MAX_BAD_WORDS:
+                raise VLLMValidationError(f"bad_words may have at most {MAX_BAD_WORDS} characters together.")
+            if params.structured_outputs is not None:
+                await self._grammars.check(params.structured_outputs)
         collector = await super().add_request(request_id, prompt, params, *args, **kwargs)
         if (account := current_account.get()) is not None:
             # The prompt has been processed: vLLM needs the files and their pixels no longer.

@@ -98,9 +98,20 @@ class Guard:
         return await task
 
     async def _fetch(self, url: str, limit: Limit, account: Account) -> bytes:
+        reserved = 0
+
+        async def reserve(size: int) -> None:
+            nonlocal reserved
+            await account.take_media(size)
+            reserved += size
+
         async with self._slots.setdefault(account, asyncio.Semaphore(FETCHES)):
             began = time.monotonic()
-            data = await self._fetcher.get(url, limit, account.take_media)
+            try:
+                data = await self._fetcher.get(url, limit, reserve)
+            except BaseException:
+                account.give_back_media(reserved)
+                raise
         if (usage := current_usage.get()) is not None:
             usage.fetches.append(Fetch(time.monotonic() - began, len(data)))
         return data
@@ -197,9 +208,12 @@ class Connector(MediaConnector):
             return data
         return await self._guard.fetch(url, limit, account)
 
-    async def _image(self, data: bytes, media_io: ImageMediaIO, account: Account) -> MediaWithBytes[Image.Image]:
+    async def _image(
+        self, data: bytes, media_io: ImageMediaIO, account: Account, count: int = 1
+    ) -> MediaWithBytes[Image.Image]:
+        """Decode an image, one of `count` of the same size."""
         look = Look(media_io.image_mode, media_io.rgba_background_color)
-        picture = await self._guard.decoders.image(data, look, account)
+        picture = await self._guard.decoders.image(data, look, account, count)
         # vLLM caches the image under a key of its bytes and this.
         config: dict[str, Any] = {}
         if picture.is_converted:
@@ -219,9 +233,8 @@ class Connector(MediaConnector):
         for frame in frames:
             data = _decode_base64(frame)
             await account.take_media(len(data))
-            images.append((await self._image(data, media_io.image_io, account)).media)
             # Frames of different sizes fail later.
-            checks.check_frames(len(frames) * images[0].width * images[0].height, self._limits)
+            images.append((await self._image(data, media_io.image_io, account, len(frames))).media)
         media_io.image_io = cast(ImageMediaIO, _Decoded(images))
         return await self._guard.decoders.pool.in_thread(_load, media_io.load_base64, "video/jpeg", text)
 

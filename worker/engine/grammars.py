@@ -103,6 +103,8 @@ class Grammars:
         if params.json_object is False:
             # vLLM refuses it.
             return
+        if params.choice and sum(len(str(choice)) for choice in params.choice) > MAX_BYTES:
+            raise VLLMValidationError(f"The structured output's choices have more than {MAX_BYTES} characters.")
         kind, source = _source(params)
         if (size := len(source.encode(errors="surrogatepass"))) > MAX_BYTES:
             raise VLLMValidationError(

@@ -14,23 +14,28 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic_core import SchemaValidator
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from vllm.exceptions import VLLMValidationError
 
 from worker.engine.media_errors import current_body
+from worker.errors import InvalidRequestError
 
 LARGE_BYTES = 30_000
 """Bodies above this size are validated in a thread. Smaller ones take less than 0.1 s."""
 MAX_CONVERSATIONS = 512
 """How many conversations a batch may have."""
+MAX_INTEGER = 2**63 - 1
 MAX_ERRORS = 1_000
 """How many errors are kept; vLLM's message has the first ten. One mistake makes up to a few hundred."""
 MAX_KEY_CHARACTERS = 100
 """How much of a key an error repeats. Callers choose the keys."""
-MAX_MESSAGE_CHARACTERS = 10_000
+MAX_MESSAGE_CHARACTERS = 4_000
 """The length of an error's message. vLLM's message about ten errors is shorter."""
 
+UNPARSED = "There was an error parsing the body"
+"""FastAPI's message for a body that Python's parser fails to read for another reason than its syntax."""
 _COLLECTIONS = ("list", "tuple", "set", "frozenset", "dict")
 _SCALARS = ("any", "bool", "float", "int", "literal", "none", "str")
 _LONG_PATH = re.compile(r"((?:/[\w-]++){16})(?:/[\w-]++)+")
@@ -41,7 +46,7 @@ def in_threads(validate: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
 
     async def validate_in_thread(**arguments: Any) -> Any:
         body, received = current_body.get(), arguments["received_body"]
-        _check_conversations(received)
+        _check_fields(received)
         if body is None or body.size <= LARGE_BYTES or not isinstance(received, dict | list):
             return await validate(**arguments)
         # For a JSON body, FastAPI's coroutine waits for nothing that belongs to the event loop.
@@ -50,12 +55,20 @@ def in_threads(validate: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
     return validate_in_thread
 
 
-def _check_conversations(body: Any) -> None:
-    """Raise vLLM's validation error for a batch of too many conversations, all of which vLLM renders at once."""
-    messages = body.get("messages") if isinstance(body, dict) else None
+def _check_fields(body: Any) -> None:
+    """Raise vLLM's validation error for wrong fields that vLLM's own validation misses or answers with status 500."""
+    if not isinstance(body, dict):
+        return
+    for name, value in body.items():
+        if isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+            raise VLLMValidationError(f"{name[:MAX_KEY_CHARACTERS]!r} is a number of more than 64 bits.")
+    if not isinstance(body.get("structured_outputs"), dict | None):
+        raise VLLMValidationError('\'structured_outputs\' must be an object, such as {"regex": "[a-z]+"}.')
+    messages = body.get("messages")
     if isinstance(messages, list) and len(messages) > MAX_CONVERSATIONS and isinstance(messages[0], list):
+        # vLLM renders all of them at once.
         raise VLLMValidationError(
-            f"messages has {len(messages)} conversations; at most {MAX_CONVERSATIONS} are accepted. "
+            f"'messages' has {len(messages)} conversations; at most {MAX_CONVERSATIONS} are accepted. "
             "Send several requests."
         )
 
@@ -80,8 +93,9 @@ def fail_fast(app: Starlette) -> None:
                 adapter = field._type_adapter
                 # Without this argument, pydantic would use the validators that the classes of the models have already.
                 adapter.validator = SchemaValidator(_failing_fast(adapter.core_schema), _use_prebuilt=False)
-    handler: Any = app.exception_handlers[RequestValidationError]
-    app.add_exception_handler(RequestValidationError, _shortening(handler))
+    handlers: Any = app.exception_handlers
+    app.add_exception_handler(RequestValidationError, _shortening(handlers[RequestValidationError]))
+    app.add_exception_handler(HTTPException, _parse_error(handlers[HTTPException]))
     # Starlette builds the stack again at the next request, with the new handler.
     app.middleware_stack = None
 
@@ -113,6 +127,20 @@ def _shortening(
         assert isinstance(error, RequestValidationError)
         errors = [_shortened(item) for item in error.errors()[:MAX_ERRORS]]
         return await handler(request, RequestValidationError(errors))
+
+    return handle
+
+
+def _parse_error(
+    handler: Callable[[Request, Any], Awaitable[Response]],
+) -> Callable[[Request, Any], Awaitable[Response]]:
+    """Return a handler that answers with OpenAI's error body where FastAPI has a text of its own."""
+
+    async def handle(request: Request, error: Any) -> Response:
+        if error.detail != UNPARSED:
+            return await handler(request, error)
+        message = "The request body cannot be parsed as JSON, for example because a number has too many digits."
+        return JSONResponse(InvalidRequestError(message).body(), InvalidRequestError.status)
 
     return handle
 

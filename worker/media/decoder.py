@@ -36,8 +36,12 @@ from worker.media.formats import DEMUXERS, PILLOW_FORMATS, media_type
 DAMAGED = "it cannot be decoded: the file is truncated or damaged, or larger than its header says"
 IMAGE_BYTES = 128 << 20
 """What decoding an image may need besides its pixels, in bytes of address space."""
-STREAM_BYTES = 8 << 30
-"""What decoding a video or a sound may need, in bytes of address space."""
+STREAM_BYTES = 768 << 20
+"""What decoding a video or a sound may need besides its frames, in bytes of address space."""
+FRAME_BYTES = 64
+"""What decoding a video may need for each pixel of a frame, in bytes of address space."""
+THREADS = min(8, len(os.sched_getaffinity(0)))
+"""For one video. Each thread keeps frames of its own."""
 PARENT_POLL_SECONDS = 1.0
 PR_SET_NO_NEW_PRIVS = 38
 SHARED_MODES = {"RGB": "RGBX"}
@@ -127,8 +131,10 @@ class Decoder:
         import numpy as np
 
         data = self._file(size)
-        self._limit(STREAM_BYTES)
+        self._limit(2 * size + STREAM_BYTES)
         demuxer = DEMUXERS.get(str(media_type(data)))
+        if demuxer == "mov":
+            structure.check_mp4(data)
         pieces: list[Any] = []
         with av.open(io.BytesIO(data), "r", format=demuxer, metadata_errors="replace") as container:
             if not container.streams.audio:
@@ -159,9 +165,15 @@ class Decoder:
         """Open a video; return whether it can be opened."""
         import cv2
 
-        self._limit(STREAM_BYTES)
+        data = self._file(size)
+        if DEMUXERS.get(str(media_type(data))) == "mov":
+            structure.check_mp4(data)
+        self._limit(2 * size + STREAM_BYTES)
         # A new capture each time: calling `release()` crashes this version of OpenCV.
-        self._capture = cv2.VideoCapture(io.BytesIO(self._file(size)), cv2.CAP_FFMPEG, [])  # type: ignore[call-overload]
+        options = [cv2.CAP_PROP_N_THREADS, THREADS]
+        self._capture = cv2.VideoCapture(io.BytesIO(data), cv2.CAP_FFMPEG, options)  # type: ignore[call-overload]
+        width, height = self.get(cv2.CAP_PROP_FRAME_WIDTH), self.get(cv2.CAP_PROP_FRAME_HEIGHT)
+        self._limit(STREAM_BYTES + FRAME_BYTES * int(width * height))
         return bool(self._capture.isOpened())
 
     def get(self, prop: int) -> float:

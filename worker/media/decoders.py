@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from worker.errors import MediaError
-from worker.media.checks import Limits, check_kind, check_pixels, check_size
+from worker.media.checks import Limits, check_frames, check_kind, check_pixels, check_size
 from worker.media.pool import Pool, Process
 from worker.media.video import Capture
 from worker.memory import Account
@@ -70,8 +70,8 @@ class Decoders:
         pixels = KEPT_PIXEL_BYTES * int(self._limits.image_pixels.value)
         return Process(max(pixels, *(int(limit.value) for limit in self._limits.bytes.values())), self._modules)
 
-    async def image(self, data: bytes, look: Look, account: Account) -> Picture:
-        """Decode an image file, upright, and scaled down if the settings say so.
+    async def image(self, data: bytes, look: Look, account: Account, count: int = 1) -> Picture:
+        """Decode an image file, upright, and scaled down if the settings say so. It is one of `count` of a video.
 
         Raises:
             MediaError: the file is no image, is damaged, or exceeds a limit.
@@ -83,21 +83,23 @@ class Decoders:
         check_size(len(data), self._limits.bytes["image"])
         check_kind(data, "image")
         async with self.pool.process(account) as process:
-            needed = await self.pool.in_thread(self._open_image, process, data)
+            needed = await self.pool.in_thread(self._open_image, process, data, count)
             if account.fits(needed):
                 await account.take_media(needed)
                 return await self._load(process, look, needed, account)
         # While it waits for memory, others may use the process.
         await account.take_media(needed)
         async with self.pool.process(account) as process:
-            await self.pool.in_thread(self._open_image, process, data)
+            await self.pool.in_thread(self._open_image, process, data, count)
             return await self._load(process, look, needed, account)
 
-    def _open_image(self, process: Process, data: bytes) -> int:
+    def _open_image(self, process: Process, data: bytes, count: int) -> int:
         """Open an image, check its size, and return the bytes that decoding it needs."""
         process.begin(data, self._limits.image_seconds)
         width, height = map(int, process.request("open_image", len(data)))
         check_pixels(width, height, self._limits.image_pixels)
+        if count > 1:
+            check_frames(count * width * height, self._limits)
         return PIXEL_BYTES * width * height
 
     async def _load(self, process: Process, look: Look, needed: int, account: Account) -> Picture:

@@ -171,8 +171,12 @@ async def _read_body(response: aiohttp.ClientResponse, limit: Limit, reserve: Re
         raise LinkServerRefusedError(f"the link's server answered with HTTP status {response.status}")
     check_size(response.content_length or 0, limit)
     body = bytearray()
-    async for chunk in response.content.iter_chunked(CHUNK_BYTES):
-        await reserve(len(chunk))
-        body += chunk
-        check_size(len(body), limit)
-    return bytes(body)
+    try:
+        async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+            await reserve(len(chunk))
+            body += chunk
+            check_size(len(body), limit)
+        return bytes(body)
+    finally:
+        # An exception keeps its traceback, which would keep the body until the whole request ends.
+        body.clear()

@@ -12,6 +12,13 @@ MAX_TILE_PIXELS = 4 << 20
 MAX_FRAME_RATE = 1000.0
 """Frames per second of a video. Cameras for slow motion record up to 960."""
 
+MAX_FRAMES = 1_000_000
+"""Frames in an MP4 file: more than 16 minutes at 1,000 frames per second."""
+
+_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+_COUNTS = {b"stsz": 16, b"stz2": 16, b"trun": 12}
+"""Boxes that state a number of samples, and the position of that number."""
+_REPORTED = (b"trak", b"traf", b"hdlr", *_COUNTS)
 _SCAN = b"\xff\xda"
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
@@ -59,3 +66,37 @@ def check_frame_rate(frames: float, rate: float, seconds: float) -> None:
         raise MediaTooLargeError(f"it claims {rate:.0f} frames per second; at most {MAX_FRAME_RATE:.0f} are accepted")
     if frames > MAX_FRAME_RATE * seconds:
         raise MediaTooLargeError(f"it claims {frames:.0f} frames")
+
+
+def check_mp4(data: bytes) -> None:
+    """Raise `MediaTooLargeError` if an MP4 or MOV file claims too many frames. A claim takes a few bytes of the file.
+
+    FFmpeg allocates memory for each of them. Source of the boxes: ISO/IEC 14496-12.
+    """
+    frames, is_sound = 0, False
+    for position, box in _boxes(data, 0, len(data)):
+        if box in (b"trak", b"traf"):
+            is_sound = False
+        elif box == b"hdlr":
+            # Uncompressed sound may have millions of samples, which FFmpeg groups.
+            is_sound = data[position + 16 : position + 20] == b"soun"
+        elif not is_sound:
+            frames += int.from_bytes(data[position + _COUNTS[box] : position + _COUNTS[box] + 4], "big")
+        if frames > MAX_FRAMES:
+            raise MediaTooLargeError(f"it claims more than {MAX_FRAMES:,} frames")
+
+
+def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yield position and type of the boxes that matter for the number of frames."""
+    while start + 8 <= end:
+        size, box, header = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8], 8
+        if size == 1:
+            size, header = int.from_bytes(data[start + 8 : start + 16], "big"), 16
+        stop = end if size == 0 else min(start + size, end)
+        if stop < start + header:
+            return
+        if box in _REPORTED:
+            yield start, box
+        if box in _CONTAINERS:
+            yield from _boxes(data, start + header, stop)
+        start = stop

@@ -222,14 +222,14 @@ class BodyBudget:
                 await account.take(len(piece))
                 pieces.append(piece)
                 more = message.get("more_body", False)
+            pieces = [b"".join(pieces)]
+            if not header(scope, b"content-type").startswith(FORMS):
+                check_shape(pieces[0])
 
             async def receive_body_first() -> Message:
                 if not pieces:
                     return await receive()
-                body = b"".join(pieces)
-                pieces.clear()
-                if not header(scope, b"content-type").startswith(FORMS):
-                    check_shape(body)
+                body = pieces.pop()
                 return {"type": "http.request", "body": body, "more_body": False}
 
             await self._app(scope, receive_body_first, send)

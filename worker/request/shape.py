@@ -32,8 +32,8 @@ def check_shape(body: bytes) -> None:
     Raises:
         InvalidRequestError: the body has too many lists, objects or values, is nested too deep, or is not UTF-8.
     """
-    if not json.detect_encoding(body).startswith("utf-8"):
-        raise InvalidRequestError("The request body is UTF-16 or UTF-32. Encode the JSON as UTF-8.")
+    if not json.detect_encoding(body).startswith("utf-8") or not _is_utf8(body):
+        raise InvalidRequestError("The request body is not UTF-8. Encode the JSON as UTF-8, and do not compress it.")
     if all(_has_at_most(body, byte, limit) for byte, limit in _HARMLESS.items()):
         return
     structure = _without_strings(body)
@@ -45,6 +45,17 @@ def check_shape(body: bytes) -> None:
         raise InvalidRequestError(
             f"The request body is nested {depth} levels deep; at most {MAX_DEPTH} are accepted. Nest it less."
         )
+
+
+def _is_utf8(body: bytes) -> bool:
+    # Nearly all bodies are ASCII, and this is the fastest test.
+    if body.isascii():
+        return True
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _has_at_most(body: bytes, byte: bytes, limit: int) -> bool:
