@@ -124,14 +124,8 @@ class Account:
         """The part of `held` that downloads and decoded media take."""
         self.is_closed = False
 
-    def fits(self, size: int) -> bool:
-        """Tell whether `size` more bytes are free now.
-
-        Raises:
-            MemoryExceededError: the request would hold more than all requests together may.
-        """
-        if self.held + size > self._budget.limit:
-            raise MemoryExceededError(self._budget.limit)
+    def has_room(self, size: int) -> bool:
+        """Tell whether `size` more bytes are free now."""
         return self._budget.held + size <= self._budget.limit
 
     async def take(self, size: int) -> None:
@@ -143,7 +137,9 @@ class Account:
         """
         if self.is_closed:
             raise asyncio.CancelledError("the request has ended")
-        if self.fits(size):
+        if self.held + size > self._budget.limit:
+            raise MemoryExceededError(self._budget.limit)
+        if self.has_room(size):
             self._budget.change(self, size)
         else:
             await self._budget.wait(self, size)

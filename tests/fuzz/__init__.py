@@ -1,1 +1,1 @@
-"""Fuzzing of everything that parses input from outside: a job's input, and the events of a stream."""
+"""Fuzzing of all input from outside: jobs, bodies, streams, media files, addresses, and texts that contain secrets."""

@@ -1,26 +1,31 @@
 """`make fuzz`: fuzzing guided by coverage. Failing inputs are added to tests/fuzz/corpus, which the test suite runs."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-with atheris.instrument_imports(include=["worker"]):
-    from tests.fuzz import targets
+# Most of the parsers of images are Pillow's, in Python.
+with atheris.instrument_imports(include=["worker", "PIL"]):
+    from tests.fuzz import files, targets
 
 CORPUS = Path(__file__).with_name("corpus")
 
 
-def run_targets(data: bytes) -> None:
-    """Run each target on some bytes."""
-    targets.job_text(data)
-    if data:
-        targets.stream(data[1:], 1 + data[0] % 16)
+def write_seeds(folder: Path) -> None:
+    """Write the whole files into a folder."""
+    for name, data in {**files.images(), **files.claims(), **files.films()}.items():
+        (folder / name).write_bytes(data)
+    for name, data in files.sounds().items():
+        (folder / f"sound-{name}").write_bytes(data)
 
 
 if __name__ == "__main__":
     working_corpus = Path(sys.argv[1])
     working_corpus.mkdir(exist_ok=True)
-    options = [*sys.argv[2:], f"-artifact_prefix={CORPUS}/found-", str(working_corpus), str(CORPUS)]
-    atheris.Setup([sys.argv[0], *options], run_targets)
-    atheris.Fuzz()
+    with tempfile.TemporaryDirectory() as seeds:
+        write_seeds(Path(seeds))
+        folders = [str(working_corpus), str(CORPUS), seeds]
+        atheris.Setup([sys.argv[0], *sys.argv[2:], f"-artifact_prefix={CORPUS}/found-", *folders], targets.everything)
+        atheris.Fuzz()

@@ -1,14 +1,32 @@
 """Properties that hold for any input. A target raises AssertionError when one does not."""
 
 import json
+from time import process_time
 from typing import Any
 
+from tests.fuzz import media, texts
 from worker.errors import JobError
 from worker.media.parts import Parts
 from worker.request import shape, sse
 from worker.request.inputs import JobInput
 
 LINE_ENDS = b"\r\n"
+CPU_SECONDS = 20.0
+"""For one body of at most a few megabytes."""
+
+
+def everything(data: bytes) -> None:
+    """Run each target on some bytes."""
+    job_text(data)
+    media.gates(data)
+    if data:
+        media.image(data, media.LOOKS[data[-1] % len(media.LOOKS)])
+        media.sound(data, (None, 16_000)[data[-1] % 2], data[-1] % 3 > 0)
+        stream(data[1:], 1 + data[0] % 16)
+        texts.address(int.from_bytes(data[:4], "big"))
+    text = data[:100].decode(errors="replace")
+    texts.host(text)
+    texts.secret(f"{text}Zq7Xw4Kp9Rt2", "Zq7Xw4Kp9Rt2")
 
 
 def job(value: Any) -> None:
@@ -31,32 +49,94 @@ def job(value: Any) -> None:
 
 def job_text(data: bytes) -> None:
     """Check the shape of a JSON text, and parse it as a job's input. Other text is ignored."""
-    accepted = is_accepted(data)
     try:
-        value = json.loads(data)
+        value = body(data)
     except (ValueError, RecursionError):
         return
-    if json.detect_encoding(data).startswith("utf-8") and accepted != (measured_depth(value) <= shape.MAX_DEPTH):
-        raise AssertionError("the check of the shape differs from what the parser has found")
     job(value)
 
 
-def is_accepted(body: bytes) -> bool:
-    """Return whether the check of the shape accepts a body."""
+def body(data: bytes) -> Any:
+    """Check the shape of a body and parse it. It is accepted if it is within the limits, and only then.
+
+    Return the parsed value. Raise what the parser raises.
+    """
+    start = process_time()
+    accepted = is_accepted(data)
+    if process_time() - start > CPU_SECONDS:
+        raise AssertionError("checking the shape takes long")
+    counts = Counts()
     try:
-        shape.check_shape(body)
-    except JobError:
+        value = json.loads(data, object_pairs_hook=counts.count_pairs)
+    finally:
+        if accepted and process_time() - start > CPU_SECONDS:
+            raise AssertionError("parsing an accepted body takes long")
+    counts.count(value)
+    is_utf8 = json.detect_encoding(data).startswith("utf-8")
+    # The parser reads halves of surrogate pairs that are written as UTF-8, which is not UTF-8.
+    if is_utf8 and is_decodable(data) and accepted != counts.are_within_limits():
+        raise AssertionError(f"the check of the shape says {accepted}, the parser has found {vars(counts)}")
+    if accepted and not is_decodable(data):
+        raise AssertionError("a body that is not UTF-8 is accepted")
+    return Pairs.as_dictionaries(value)
+
+
+class Pairs(list[tuple[str, Any]]):
+    """An object of a JSON text, with keys that occur twice."""
+
+    @classmethod
+    def as_dictionaries(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return {key: cls.as_dictionaries(item) for key, item in value}
+        return [cls.as_dictionaries(item) for item in value] if isinstance(value, list) else value
+
+
+class Counts:
+    """The structure of a parsed body."""
+
+    def __init__(self) -> None:
+        self.depth = self.containers = self.strings = self.commas = 0
+
+    @staticmethod
+    def count_pairs(pairs: list[tuple[str, Any]]) -> Pairs:
+        return Pairs(pairs)
+
+    def count(self, value: Any) -> None:
+        """Count the parts of a value, level by level, because it may be nested deeply."""
+        level = [value]
+        while level:
+            self.strings += sum(isinstance(item, str) for item in level)
+            containers = [item for item in level if isinstance(item, list)]
+            self.depth += bool(containers)
+            self.containers += len(containers)
+            self.commas += sum(len(item) - 1 for item in containers if item)
+            self.strings += sum(len(item) for item in containers if isinstance(item, Pairs))
+            level = [inner[1] if isinstance(item, Pairs) else inner for item in containers for inner in item]
+
+    def are_within_limits(self) -> bool:
+        return (
+            self.depth <= shape.MAX_DEPTH
+            and self.containers <= shape.MAX_CONTAINERS
+            and self.strings <= shape.MAX_STRINGS
+            and self.commas <= shape.MAX_COMMAS
+        )
+
+
+def is_decodable(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
         return False
     return True
 
 
-def measured_depth(value: Any) -> int:
-    """Return how deep lists and objects are nested in a parsed value."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-    return depth
+def is_accepted(data: bytes) -> bool:
+    """Return whether the check of the shape accepts a body."""
+    try:
+        shape.check_shape(data)
+    except JobError:
+        return False
+    return True
 
 
 def stream(data: bytes, size: int) -> None:

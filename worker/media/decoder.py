@@ -31,7 +31,9 @@ from PIL import AvifImagePlugin, Image, ImageOps
 
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media import structure
+from worker.media.arrow import copy_rgbx
 from worker.media.formats import DEMUXERS, PILLOW_FORMATS, media_type
+from worker.media.structure import PIXEL_BYTES
 
 DAMAGED = "it cannot be decoded: the file is truncated or damaged, or larger than its header says"
 IMAGE_BYTES = 128 << 20
@@ -44,8 +46,6 @@ THREADS = min(8, len(os.sched_getaffinity(0)))
 """For one video. Each thread keeps frames of its own."""
 PARENT_POLL_SECONDS = 1.0
 PR_SET_NO_NEW_PRIVS = 38
-SHARED_MODES = {"RGB": "RGBX"}
-"""Pillow's modes whose bytes are copied faster in another order than their own."""
 PLAIN_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F")
 """Pillow's modes whose images consist of their pixels alone, without a palette."""
 
@@ -55,8 +55,8 @@ class Decoder:
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._statistics = os.open("/proc/self/statm", os.O_RDONLY)
-        self._image: Image.Image | None = None
         self._capture: Any = None
 
     def run(self, operation: str, *arguments: Any) -> Any:
@@ -77,46 +77,48 @@ class Decoder:
 
     # ---- Images
 
-    def open_image(self, size: int) -> tuple[int, int]:
-        """Return the width and height that a file claims."""
+    def decode_image(
+        self, size: int, allowed: int, mode: str | None, background: Sequence[int], pixels: int | None
+    ) -> tuple[tuple[int, int], tuple[str, str, int, tuple[int, int], bool] | None]:
+        """Decode a file, turn the image upright, and convert it to `mode` and to at most `pixels` pixels.
+
+        Return the width and height that the file claims, and the result: its mode, the order and number of its bytes in
+        the shared memory, its size, and whether the mode was converted. There is no result if the file claims more than
+        `allowed` pixels.
+        """
         data = self._file(size)
         self._limit(2 * size + IMAGE_BYTES)
         detected = media_type(data)
         if detected == "image/jpeg":
             structure.check_jpeg(data)
-        self._image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS.get(str(detected), ()))
-        if detected == "image/tiff":
-            structure.check_tiles(dict(getattr(self._image, "tag_v2", {})), *self._image.size)
-        return self._image.size
-
-    def load_image(
-        self, mode: str | None, background: Sequence[int], pixels: int | None, size: int
-    ) -> tuple[str, tuple[int, int], int, bool]:
-        """Decode the open file, turn it upright, and convert it to `mode` and to at most `pixels` pixels.
-
-        `size` is the address space that it may need. Return the mode, the size, the number of bytes in the shared
-        memory, and whether the mode was converted.
-        """
-        image, self._image = self._image, None
-        if image is None:
-            raise MediaError(DAMAGED)
-        claimed = image.size
-        self._limit(size + IMAGE_BYTES)
-        image.load()
-        if image.size != claimed:
-            raise MediaTooLargeError("its pixels are not those that its header claims")
-        with suppress(Exception):  # As in vLLM: the orientation does not matter so much that the image is refused.
-            ImageOps.exif_transpose(image, in_place=True)
-        converted = _converted(image, mode, tuple(background))
-        is_converted = converted is not image
-        del image
+        with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS.get(str(detected), ())) as image:
+            claimed = image.size
+            if detected == "image/tiff":
+                structure.check_tiles(dict(getattr(image, "tag_v2", {})), *claimed)
+            if claimed[0] * claimed[1] > allowed:
+                return claimed, None
+            self._limit(PIXEL_BYTES * claimed[0] * claimed[1] + IMAGE_BYTES)
+            image.load()
+            if image.size != claimed:
+                raise MediaTooLargeError("its pixels are not those that its header claims")
+            with suppress(Exception):  # As in vLLM: a wrong orientation is better than no image.
+                ImageOps.exif_transpose(image, in_place=True)
+            converted = _converted(image, mode, tuple(background))
+            is_converted = converted is not image
         if pixels is not None and converted.width * converted.height > pixels:
             scale = (pixels / (converted.width * converted.height)) ** 0.5
             smaller = (max(1, int(converted.width * scale)), max(1, int(converted.height * scale)))
             converted = converted.resize(smaller, Image.Resampling.LANCZOS)
-        data = converted.tobytes("raw", SHARED_MODES.get(converted.mode, converted.mode))
-        self._memory[: len(data)] = data
-        return converted.mode, converted.size, len(data), is_converted
+        return claimed, (*self._share(converted), converted.size, is_converted)
+
+    def _share(self, image: Image.Image) -> tuple[str, str, int]:
+        """Copy the pixels into the shared memory; return the mode, the order of the bytes, and their number."""
+        if image.mode == "RGB":
+            with suppress(ValueError):
+                return "RGB", "RGBX", copy_rgbx(image, self._address)
+        pixels = image.tobytes()
+        self._memory[: len(pixels)] = pixels
+        return image.mode, image.mode, len(pixels)
 
     # ---- Sounds
 
@@ -190,12 +192,14 @@ class Decoder:
 
     def retrieve(self) -> tuple[int, ...] | None:
         """Leave the current frame in the shared memory and return its shape; None if there is no frame."""
+        import numpy as np
+
         _, frame = self._capture.retrieve()
         if frame is None:
             return None
         # A frame that is too large is not copied. The parent process rejects it by its shape.
         if frame.nbytes <= len(self._memory):
-            self._memory[: frame.nbytes] = frame.tobytes()
+            np.frombuffer(self._memory, np.uint8, frame.nbytes)[:] = frame.reshape(-1)
         return tuple(map(int, frame.shape))
 
     def close_video(self) -> None:

@@ -1,6 +1,6 @@
-"""Decodes images and sounds, and opens videos, in the processes of a pool. The budget of the request counts the result.
+"""Decodes images and sounds, and opens videos, in the processes of a pool. The account of the request pays for them.
 
-An image is first only opened, so that the memory for its pixels can be reserved before any of them is decoded.
+A large image is first only opened, so that the memory for its pixels is reserved before any of them is decoded.
 """
 
 import asyncio
@@ -16,11 +16,12 @@ from PIL import Image
 from worker.errors import MediaError
 from worker.media.checks import Limits, check_frames, check_kind, check_pixels, check_size
 from worker.media.pool import Pool, Process
+from worker.media.structure import PIXEL_BYTES
 from worker.media.video import Capture
 from worker.memory import Account
 
-PIXEL_BYTES = 20
-"""What decoding a pixel needs at most: the decoder's buffers, and conversions from a palette with transparency."""
+QUICK_PIXELS = 4 << 20
+"""Images of up to this size are decoded at once if there is memory for them."""
 KEPT_PIXEL_BYTES = 4
 """What Pillow needs for a pixel of the result."""
 MAX_PROCESSES = 8
@@ -82,39 +83,48 @@ class Decoders:
             raise MediaError(f"image_mode is {look.mode!r}; accepted are {', '.join(IMAGE_MODES)}")
         check_size(len(data), self._limits.bytes["image"])
         check_kind(data, "image")
+        allowed = 0
         async with self.pool.process(account) as process:
-            needed = await self.pool.in_thread(self._open_image, process, data, count)
-            if account.fits(needed):
-                await account.take_media(needed)
-                return await self._load(process, look, needed, account)
+            # Most images fit into this, so that their memory is known before they are opened.
+            if account.has_room(PIXEL_BYTES * QUICK_PIXELS):
+                allowed = QUICK_PIXELS
+                await account.take_media(PIXEL_BYTES * allowed)
+            decoded = await self._decode(process, data, look, account, count, allowed)
+        if isinstance(decoded, Picture):
+            return decoded
         # While it waits for memory, others may use the process.
-        await account.take_media(needed)
+        await account.take_media(PIXEL_BYTES * decoded)
         async with self.pool.process(account) as process:
-            await self.pool.in_thread(self._open_image, process, data, count)
-            return await self._load(process, look, needed, account)
+            decoded = await self._decode(process, data, look, account, count, decoded)
+        assert isinstance(decoded, Picture)
+        return decoded
 
-    def _open_image(self, process: Process, data: bytes, count: int) -> int:
-        """Open an image, check its size, and return the bytes that decoding it needs."""
+    async def _decode(
+        self, process: Process, data: bytes, look: Look, account: Account, count: int, allowed: int
+    ) -> Picture | int:
+        """Decode an image of at most `allowed` pixels, whose memory is reserved; else return its number of pixels."""
+        kept = 0
+        try:
+            decoded = await self.pool.in_thread(self._request, process, data, look, count, allowed)
+            if isinstance(decoded, Picture):
+                kept = KEPT_PIXEL_BYTES * decoded.image.width * decoded.image.height
+        finally:
+            account.give_back_media(PIXEL_BYTES * allowed - kept)
+        return decoded
+
+    def _request(self, process: Process, data: bytes, look: Look, count: int, allowed: int) -> Picture | int:
         process.begin(data, self._limits.image_seconds)
-        width, height = map(int, process.request("open_image", len(data)))
+        allowed = min(allowed, int(self._limits.image_pixels.value))
+        (width, height), result = process.request(
+            "decode_image", len(data), allowed, *look, self._limits.downscale_pixels
+        )
         check_pixels(width, height, self._limits.image_pixels)
         if count > 1:
             check_frames(count * width * height, self._limits)
-        return PIXEL_BYTES * width * height
-
-    async def _load(self, process: Process, look: Look, needed: int, account: Account) -> Picture:
-        kept = 0
-        try:
-            picture = await self.pool.in_thread(self._load_image, process, look, needed)
-            kept = KEPT_PIXEL_BYTES * picture.image.width * picture.image.height
-        finally:
-            account.give_back_media(needed - kept)
-        return picture
-
-    def _load_image(self, process: Process, look: Look, needed: int) -> Picture:
-        mode, size, used, is_converted = process.request("load_image", *look, self._limits.downscale_pixels, needed)
-        raw = "RGBX" if mode == "RGB" else mode
-        return Picture(Image.frombytes(mode, tuple(size), process.result(used), "raw", raw), is_converted)
+        if result is None:
+            return int(width * height)
+        mode, order, used, size, is_converted = result
+        return Picture(Image.frombytes(mode, tuple(size), process.result(used), "raw", order), is_converted)
 
     async def sound(self, data: bytes, form: SoundForm, account: Account) -> tuple[npt.NDArray[np.float32], int]:
         """Decode a sound. Return its samples, (samples,) with `mono`, else (channels, samples), and its rate in Hz.

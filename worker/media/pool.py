@@ -32,6 +32,9 @@ ERRORS: dict[str | None, type[MediaError]] = {error.__name__: error for error in
 ENVIRONMENT = {
     # One heap for all threads: each further heap takes address space.
     "MALLOC_ARENA_MAX": "1",
+    # Keep up to 64 MB for the next file: getting memory from the kernel takes longer than decoding a photograph.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "OPENCV_LOG_LEVEL": "OFF",
     # FFmpeg must not take a file for a playlist or a description of a network stream.
     "OPENCV_FFMPEG_CAPTURE_OPTIONS": "format_whitelist;mov,mp4,matroska,webm,avi,gif",

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 from worker.errors import MediaError, MediaTooLargeError
 
+PIXEL_BYTES = 20
+"""What decoding a pixel of an image needs at most: the decoder's buffers, and conversions from a palette with
+transparency."""
 MAX_JPEG_SCANS = 64
 """Encoders write about ten. Each scan of a progressive JPEG goes over the whole image again."""
 MAX_JPEG_SEGMENTS = 10_000
@@ -20,16 +23,24 @@ _COUNTS = {b"stsz": 16, b"stz2": 16, b"trun": 12}
 """Boxes that state a number of samples, and the position of that number."""
 _REPORTED = (b"trak", b"traf", b"hdlr", *_COUNTS)
 _SCAN = b"\xff\xda"
+_SEQUENTIAL = (0xC0, 0xC1)
+"""The markers of frames that are not progressive."""
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 
 def check_jpeg(data: bytes) -> None:
     """Raise `MediaTooLargeError` if a JPEG file has too many segments or scans."""
-    segments = 0
-    for segments, position in enumerate(_segments(data)):
-        if segments >= MAX_JPEG_SEGMENTS:
+    components = 0
+    for number, position in enumerate(_segments(data)):
+        marker = data[position + 1]
+        if number >= MAX_JPEG_SEGMENTS:
             raise MediaTooLargeError(f"it has more than {MAX_JPEG_SEGMENTS} segments; save it again as JPEG")
-        if data.startswith(_SCAN, position):
+        if marker in _SEQUENTIAL and position + 9 < len(data):
+            components = data[position + 9]
+        elif marker == _SCAN[1]:
+            # Decoders stop after the first scan of a sequential file that has all components.
+            if components and data[position + 4] == components:
+                return
             break
     # Within compressed data an 0xFF is followed by 0, so this finds markers only, and those of a thumbnail.
     if data.count(_SCAN) > MAX_JPEG_SCANS:
@@ -39,7 +50,7 @@ def check_jpeg(data: bytes) -> None:
 def _segments(data: bytes) -> Iterator[int]:
     """Yield the position of each segment's marker."""
     position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
+    while position + 5 <= len(data) and data[position] == 0xFF:
         yield position
         marker = data[position + 1]
         has_no_length = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD9

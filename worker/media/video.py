@@ -17,6 +17,7 @@ MAX_MISSES = 1000
 MAX_DEFERRED = 100
 DECODER_PIXEL_BYTES = 32
 """What FFmpeg keeps for each pixel of a frame: the frames that others refer to."""
+RESERVED_BYTES = 32 << 20
 
 Frame = npt.NDArray[np.uint8]
 
@@ -36,6 +37,8 @@ class Capture:
         self._deferred = 0
         self._misses = 0
         self._pixels = 0
+        self._reserved = 0
+        """Bytes that are reserved for the next frames."""
 
     def open(self, data: bytes) -> None:
         """Open a video, and compare its container's metadata with the limits before any frame is decoded."""
@@ -99,7 +102,12 @@ class Capture:
         self._pixels += height * width
         check_frames(self._pixels, self._limits)
         size = height * width * channels
-        self._reserve(size)
+        if self._reserved < size:
+            # For several frames at once, because it takes as long as decoding a small frame.
+            more = max(size, min(8 * size, RESERVED_BYTES))
+            self._reserve(more)
+            self._reserved += more
+        self._reserved -= size
         return True, np.frombuffer(self._process.result(size), np.uint8).reshape(height, width, channels)
 
     def read(self) -> tuple[bool, Frame | None]:
