@@ -8,7 +8,7 @@ import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 # Most of the parsers of images are Pillow's, in Python.
 with atheris.instrument_imports(include=["worker", "PIL"]):
-    from tests.fuzz import files, targets
+    from tests.fuzz import files, media, targets
 
 CORPUS = Path(__file__).with_name("corpus")
 
@@ -24,8 +24,8 @@ def write_seeds(folder: Path) -> None:
 if __name__ == "__main__":
     working_corpus = Path(sys.argv[1])
     working_corpus.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as seeds:
+    with tempfile.TemporaryDirectory() as seeds, media.Decoding() as decoding:
         write_seeds(Path(seeds))
-        folders = [str(working_corpus), str(CORPUS), seeds]
-        atheris.Setup([sys.argv[0], *sys.argv[2:], f"-artifact_prefix={CORPUS}/found-", *folders], targets.everything)
+        options = [*sys.argv[2:], f"-artifact_prefix={CORPUS}/found-", str(working_corpus), str(CORPUS), seeds]
+        atheris.Setup([sys.argv[0], *options], lambda data: targets.everything(data, decoding))
         atheris.Fuzz()

@@ -4,67 +4,38 @@ The decoders run in this process and without limits for memory, so that a debugg
 worker they run in child processes.
 """
 
+import asyncio
+import io
+import json
 import mmap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from time import process_time
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from worker.errors import MediaError
 from worker.media import formats, structure
+from worker.media.checks import Limits
 from worker.media.decoder import Decoder, translated
+from worker.media.decoders import Decoders, Look, SoundForm
+from worker.media.pool import Process
+from worker.memory import Budget
+from worker.settings import settings
 
 CPU_SECONDS = 20.0
 """For one file of at most a few megabytes. Honest ones take milliseconds."""
-PIXELS = 1 << 18
-"""The most pixels of an image. The shared memory has four bytes for each."""
-MEMORY_BYTES = 4 * PIXELS
-SOUND_SECONDS = 10.0
+MAX_PIXELS = 1 << 18
+MAX_BYTES = 4 * MAX_PIXELS
+"""The size of a file, and of the shared memory: as small as the largest result."""
+MAX_SECONDS = 10.0
+"""The duration of a sound."""
 KINDS = ("image", "video", "audio")
 
-
-class Look(NamedTuple):
-    """How an image is returned, as `Decoder.decode_image` takes it."""
-
-    mode: str | None = "RGB"
-    background: tuple[int, int, int] = (255, 255, 255)
-    pixels: int | None = None
-
-
-LOOKS = (Look(), Look(None), Look("RGBA"), Look("L", pixels=100), Look("1"), Look("F"))
-
-
-class HereDecoder(Decoder):
-    """A decoder that leaves the limits of this process as they are."""
-
-    def _limit(self, size: int) -> None:
-        if size < 0:
-            raise AssertionError(f"a limit of {size} bytes")
-
-
-@cache
-def shared_memory() -> mmap.mmap:
-    """Return the memory for files and results, as small as the largest result."""
-    return mmap.mmap(-1, MEMORY_BYTES)
-
-
-@cache
-def decoder() -> Decoder:
-    """Return the one decoder. It keeps a file open, and serves one file after the other, as in the worker."""
-    return HereDecoder(shared_memory())
-
-
-def _put(data: bytes, kind: str) -> bool:
-    """Copy a file into the shared memory; return False if it is too large, or not of this kind."""
-    is_accepted = len(data) <= MEMORY_BYTES and formats.fits(formats.media_type(data) or "", kind)
-    if is_accepted:
-        shared_memory()[: len(data)] = data
-    return is_accepted
+LOOKS = (Look(), Look(None), *(Look(mode, (0, 0, 0)) for mode in ("RGBA", "L", "1", "F", "CMYK")))
+FORMS = tuple(SoundForm(rate, mono, MAX_SECONDS, MAX_BYTES) for rate in (None, 16_000) for mono in (True, False))
 
 
 @contextmanager
@@ -85,63 +56,111 @@ def gates(data: bytes) -> None:
         formats.has_external_references(data)
     if detected is not None and not any(formats.fits(detected, kind) for kind in KINDS):
         raise AssertionError(f"{detected} can be used as nothing")
-    with bounded_time(), suppress(MediaError):
-        structure.check_jpeg(data)
-    with bounded_time(), suppress(MediaError):
-        structure.check_mp4(data)
+    for check in (structure.check_jpeg, structure.check_mp4):
+        with bounded_time(), suppress(MediaError):
+            check(data)
 
 
-def image(data: bytes, look: Look = Look()) -> bool:  # noqa: B008
-    """Decode a file as an image if it is one. Return whether it was decoded; its pixels are those that it claims."""
-    if not _put(data, "image"):
-        return False
-    try:
-        with _as_in_worker(), translated():
-            claimed, result = decoder().run("decode_image", len(data), PIXELS, *look)
-    except MediaError:
-        return False
-    if result is None:
-        if claimed[0] * claimed[1] <= PIXELS:
-            raise AssertionError(f"an image of {claimed} pixels is not decoded")
-        return False
-    mode, size, used, _ = result
-    _check_image(look, mode, size, used)
-    # A file may state that it must be turned.
-    if look.pixels is None and size not in (claimed, claimed[::-1]):
-        raise AssertionError(f"an image that claims {claimed} has {size} pixels")
-    return True
+class Decoding:
+    """Decodes one file after the other, as the worker does, but in this process. Use it as a context manager."""
+
+    def __init__(self, downscale_pixels: int | None = None) -> None:
+        environ = {"MAX_IMAGE_PIXELS": str(MAX_PIXELS), "MEDIA_PROCESSES": "1"}
+        environ |= {f"MAX_{kind.upper()}_BYTES": str(MAX_BYTES) for kind in KINDS}
+        if downscale_pixels is not None:
+            environ["IMAGE_DOWNSCALE_PIXELS"] = str(downscale_pixels)
+        self._most_pixels = downscale_pixels
+        self._decoders = _HereDecoders(Limits(settings.read(environ)))
+        self._budget = Budget(1 << 30)
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> "Decoding":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._decoders.close()
+        self._runner.close()
+
+    def image(self, data: bytes, look: Look = LOOKS[0]) -> bool:
+        """Decode a file as an image. Return whether it was decoded; its pixels are those that it claims."""
+        account = self._budget.account()
+        try:
+            with _as_in_worker():
+                image = self._runner.run(self._decoders.image(data, look, account)).image
+        except MediaError:
+            image = None
+        self._check_budget(0 if image is None else image.width * image.height * 4)
+        account.close()
+        if image is None:
+            return False
+        image.load()
+        if look.mode not in (None, image.mode):
+            raise AssertionError(f"the mode is {image.mode} instead of {look.mode}")
+        with _as_in_worker(), Image.open(io.BytesIO(data)) as opened:
+            claimed = opened.size
+        # A file may state that it must be turned.
+        if self._most_pixels is None and image.size not in (claimed, claimed[::-1]):
+            raise AssertionError(f"an image that claims {claimed} has {image.size} pixels")
+        # A line of pixels is not made shorter than its width allows.
+        most = max(self._most_pixels, *image.size) if self._most_pixels else MAX_PIXELS
+        if image.width * image.height > most:
+            raise AssertionError(f"{image.size} are too many pixels")
+        return True
+
+    def sound(self, data: bytes, form: SoundForm = FORMS[0]) -> bool:
+        """Decode a file as a sound. Return whether it was decoded; it is as long as it may be."""
+        account = self._budget.account()
+        try:
+            with _as_in_worker():
+                samples, rate = self._runner.run(self._decoders.sound(data, form, account))
+        except MediaError:
+            self._check_budget(0)
+            return False
+        self._check_budget(samples.nbytes)
+        account.close()
+        if form.rate not in (None, rate) or rate < 1:
+            raise AssertionError(f"the rate is {rate} Hz instead of {form.rate}")
+        if samples.ndim != (1 if form.mono else 2) or not 0 < samples.shape[-1] <= MAX_SECONDS * rate:
+            raise AssertionError(f"{samples.shape} samples at {rate} Hz")
+        return True
+
+    def _check_budget(self, size: int) -> None:
+        if self._budget.held != size:
+            raise AssertionError(f"{self._budget.held} bytes are counted instead of {size}")
 
 
-def _check_image(look: Look, mode: str, size: tuple[int, int], used: int) -> None:
-    """Check a decoded image as the parent process will read it."""
-    if look.mode not in (None, mode):
-        raise AssertionError(f"the mode is {mode} instead of {look.mode}")
-    if look.pixels is not None and size[0] * size[1] > max(look.pixels, *size):
-        raise AssertionError(f"{size} has more than {look.pixels} pixels")
-    if used > MEMORY_BYTES:
-        raise AssertionError(f"{used} bytes do not fit into the shared memory")
-    # Pillow raises ValueError if there are too few or too many bytes.
-    Image.frombytes(mode, size, shared_memory()[:used])
+class _HereDecoder(Decoder):
+    def _limit(self, size: int) -> None:
+        """Leave the limits of this process as they are."""
+        if size < 0:
+            raise AssertionError(f"a limit of {size} bytes")
 
 
-def sound(data: bytes, rate: int | None = None, mono: bool = True) -> bool:
-    """Decode a file as a sound if it may be one. Return whether it was decoded; it is as long as it may be."""
-    if not _put(data, "audio"):
-        return False
-    call = ("decode_sound", len(data), rate, mono, SOUND_SECONDS, None)
-    try:
-        with _as_in_worker(), translated():
-            channels, samples, final_rate = decoder().run(*call)
-    except MediaError:
-        return False
-    if rate not in (None, final_rate) or final_rate < 1:
-        raise AssertionError(f"the rate is {final_rate} Hz instead of {rate}")
-    if channels < 1 or (mono and channels != 1):
-        raise AssertionError(f"{channels} channels")
-    if not 0 < samples <= SOUND_SECONDS * final_rate or 4 * channels * samples > MEMORY_BYTES:
-        raise AssertionError(f"{samples} samples at {final_rate} Hz")
-    np.frombuffer(shared_memory()[: 4 * channels * samples], np.float32).reshape(channels, samples)
-    return True
+class _HereProcess(Process):
+    """A decoder in this process. Requests and replies become JSON, as between processes."""
+
+    is_alive = True
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, MAX_BYTES)
+        self._decoder = _HereDecoder(self.memory)
+        self._limit = None
+        self._used = 0
+
+    def request(self, operation: str, *arguments: object) -> Any:
+        with translated():
+            return json.loads(json.dumps(self._decoder.run(operation, *json.loads(json.dumps(arguments)))))
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _HereDecoders(Decoders):
+    def _start(self) -> Process:
+        return _HereProcess()
 
 
 @contextmanager

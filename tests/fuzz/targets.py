@@ -15,18 +15,18 @@ CPU_SECONDS = 20.0
 """For one body of at most a few megabytes."""
 
 
-def everything(data: bytes) -> None:
+def everything(data: bytes, decoding: media.Decoding) -> None:
     """Run each target on some bytes."""
     job_text(data)
     media.gates(data)
-    if data:
-        media.image(data, media.LOOKS[data[-1] % len(media.LOOKS)])
-        media.sound(data, (None, 16_000)[data[-1] % 2], data[-1] % 3 > 0)
-        stream(data[1:], 1 + data[0] % 16)
-        texts.address(int.from_bytes(data[:4], "big"))
+    choice = data[-1] if data else 0
+    decoding.image(data, media.LOOKS[choice % len(media.LOOKS)])
+    decoding.sound(data, media.FORMS[choice % len(media.FORMS)])
+    stream(data[1:], 1 + choice % 16)
     text = data[:100].decode(errors="replace")
+    texts.address(int.from_bytes(data[:4], "big"))
     texts.host(text)
-    texts.secret(f"{text}Zq7Xw4Kp9Rt2", "Zq7Xw4Kp9Rt2")
+    texts.secret(text + texts.CORE)
 
 
 def job(value: Any) -> None:

@@ -10,6 +10,8 @@ from urllib.parse import quote
 from worker import redaction
 from worker.media.addresses import is_public, may_be_public
 
+CORE = "Zq7Xw4Kp9Rt2"
+"""A part of each secret."""
 SECRET_NAMES = ("HF_TOKEN", "WORKER_API_KEY", "AWS_SECRET_ACCESS_KEY", "OTEL_EXPORTER_OTLP_HEADERS")
 SECRET_KEYS = ("token", "apiKey", "Authorization", "password", "hf_token")
 
@@ -47,15 +49,15 @@ def spellings(number: int) -> list[str]:
     return [*plain, *(f"{text}." for text in plain), *embedded, *(f"[{text.upper()}]" for text in embedded)]
 
 
-def secret(text: str, core: str) -> None:
-    """Plant a secret wherever a setting may hold one. `core` is the part of it that must not be printed anywhere."""
+def secret(text: str) -> None:
+    """Plant a secret wherever a setting may hold one. It contains `CORE`, which must not be printed anywhere."""
     for name, value in plantings(text):
         printed = json.dumps(redaction.public(value, name), ensure_ascii=False)
-        if core in printed:
+        if CORE in printed:
             raise AssertionError(f"{name}={value!r} is printed as {printed}")
         remove = redaction.remover(redaction.secrets_in({name: value}))
         for message in messages(text, value):
-            if core in (cleaned := remove(message)):
+            if CORE in (cleaned := remove(message)):
                 raise AssertionError(f"with {name}={value!r}, {message!r} is printed as {cleaned!r}")
 
 
@@ -78,12 +80,12 @@ def messages(text: str, value: str) -> list[str]:
     return [f"cannot use {value}: refused", *(f"cannot use {form(text)}: refused" for form in quoted)]
 
 
-def command_line(text: str, core: str) -> None:
+def command_line(text: str) -> None:
     """Plant a secret in VLLM_EXTRA_ARGS, which is secret as a whole."""
     variables: Mapping[str, str] = {redaction.EXTRA_ARGS: shlex.join(["--api-key", text, f"--hf-token={text}"])}
-    if core in str(redaction.public(variables[redaction.EXTRA_ARGS], redaction.EXTRA_ARGS)):
+    if CORE in str(redaction.public(variables[redaction.EXTRA_ARGS], redaction.EXTRA_ARGS)):
         raise AssertionError("VLLM_EXTRA_ARGS is printed")
     remove = redaction.remover(redaction.secrets_in(variables))
     for message in messages(text, text):
-        if core in remove(message):
+        if CORE in remove(message):
             raise AssertionError(f"{message!r} is printed as {remove(message)!r}")

@@ -23,7 +23,7 @@ def test_each_shortage_has_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "VLLM_CACHE_ROOT" in not_writable
     assert "The disk of /proc has only 0.0 GB free" in disk
     assert "only 1.1 GB of free memory" in memory
-    assert "--ipc=host" in shared
+    assert "--shm-size" in shared
     # One GPU needs no shared memory.
     assert list(preflight.warnings(FULL / "cache", 1, FULL)) == [not_writable, disk, memory]
     assert list(preflight.warnings(tmp_path / "cache", 1, FULL)) == [memory]

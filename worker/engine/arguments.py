@@ -25,10 +25,13 @@ from worker.errors import ConfigurationError, Json
 from worker.model.fit import Plan
 from worker.settings import Settings, flags, legacy, sources
 
+CORS_FLAGS = {"allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"}
 SERVER_FLAGS = frozenset(
-    cli_args.FrontendArgs.__dataclass_fields__.keys() - cli_args.BaseFrontendArgs.__dataclass_fields__.keys()
+    cli_args.FrontendArgs.__dataclass_fields__.keys()
+    - cli_args.BaseFrontendArgs.__dataclass_fields__.keys()
+    - CORS_FLAGS
 )
-"""Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, CORS, …"""
+"""Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, …"""
 NOT_COMPILED = ("served_model_name", "api_key", "logging_config", "load_format", "gpu_memory_utilization")
 """Arguments that do not change the compiled code."""
 IMAGE_LIMIT = 100

@@ -130,7 +130,10 @@ class Grammars:
     async def _run(self, kind: str, source: str) -> None:
         async with self._places:
             checker = await self._checker()
-            reply = await checker.check(kind, source)
+            try:
+                reply = await checker.check(kind, source)
+            except TimeoutError:
+                raise VLLMValidationError(TOO_SLOW) from None
         if not reply and checker.popen.poll() is not None:
             raise RuntimeError("The process that checks grammars has ended")
         if reply not in (PASSED, UNCHECKED):

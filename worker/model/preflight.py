@@ -30,7 +30,7 @@ def warnings(cache: Path, gpus: int, shared: Path = Path("/dev/shm")) -> Iterato
     if gpus > 1 and shared.is_dir() and (free := shutil.disk_usage(shared).free) < SHARED_BYTES:
         yield (
             f"{shared} has only {free / 1e9:.1f} GB free. Several GPUs may need more to communicate: start the "
-            "container with --ipc=host."
+            "container with --shm-size=8g."
         )
 
 

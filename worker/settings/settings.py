@@ -118,7 +118,8 @@ class Settings(BaseModel):
     image_decode_timeout: float = Field(default=10.0, gt=0)
     """Seconds for decoding one image."""
     media_processes: int | None = Field(default=None, ge=1)
-    """The number of processes that decode media. Default: one for each CPU core, at most 8."""
+    """How many processes decode the media of one request at once; all requests together may use four times as many.
+    Default: one for each CPU core, at most 8."""
     image_limit: int | None = Field(default=None, ge=0)
     """Images per request. Short for `image` in vLLM's `--limit-mm-per-prompt`. Default: 100, unless a preset or
     `--limit-mm-per-prompt` sets it."""
