@@ -170,15 +170,15 @@ def test_links_are_fetched_concurrently_and_each_only_once(server: Server) -> No
         current_usage.set(usage)
         current_account.set(Budget(1 << 30).account())
         began = asyncio.get_running_loop().time()
-        links = [f"{server.url}/slow/0.5", f"{server.url}/slow/0.50", f"{server.url}/slow/0.5"]
+        links = [f"{server.url}/slow/3", f"{server.url}/slow/3.0", f"{server.url}/slow/3"]
         loaded = await load_all("image", links)
         return loaded, usage, asyncio.get_running_loop().time() - began
 
     loaded, usage, seconds = asyncio.run(run())
     assert [image.size for image in loaded] == [(64, 64)] * 3
-    assert sorted(server.hits) == ["/slow/0.5", "/slow/0.50"]
+    assert sorted(server.hits) == ["/slow/3", "/slow/3.0"]
     assert len(usage.fetches) == 2
-    assert seconds < 1
+    assert seconds < 6
 
 
 # ---- Rejected media

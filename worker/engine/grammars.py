@@ -104,7 +104,9 @@ class Grammars:
             # vLLM refuses it.
             return
         if params.choice and sum(len(str(choice)) for choice in params.choice) > MAX_BYTES:
-            raise VLLMValidationError(f"The structured output's choices have more than {MAX_BYTES} characters.")
+            raise VLLMValidationError(
+                f"The structured output's choices are too large. At most {MAX_BYTES} bytes are accepted: use fewer."
+            )
         kind, source = _source(params)
         if (size := len(source.encode(errors="surrogatepass"))) > MAX_BYTES:
             raise VLLMValidationError(

@@ -19,6 +19,8 @@ Format = Literal["json", "text"]
 PROMPT_LOGGER = "vllm.entrypoints.serve.utils.request_logger"
 """vLLM's logger for prompts and completions, at level DEBUG, if request logging is on."""
 
+SERVER_LOGGER = "uvicorn.error"
+"""uvicorn's logger, which warns about each request that is not HTTP."""
 LINK_LOGGER = "vllm.connections"
 """vLLM's logger for media links. Its warnings contain the links' query strings, which may hold keys."""
 
@@ -139,7 +141,7 @@ def configuration(
     """
     # At level DEBUG the SDK logs the input and output of every job.
     sdk_level = "INFO" if level == "DEBUG" and not log_prompts else level
-    levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level, LINK_LOGGER: "ERROR"}
+    levels = {"worker": level, "runpod": sdk_level, "vllm": vllm_level, LINK_LOGGER: "ERROR", SERVER_LOGGER: "ERROR"}
     if log_prompts:
         levels[PROMPT_LOGGER] = "DEBUG"
     hidden = {"secrets": list(secrets)}
