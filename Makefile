@@ -91,10 +91,10 @@ simulate: setup ## Run the queue in simulated bad days; SCHEDULES=5000 FIRST=0; 
 soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--minutes 1" is shorter
 	@$(BIN)/python -m bench.soak $(SOAK)
 
-fuzz: setup ## Fuzz the parsers of client input, guided by coverage; FUZZ_SECONDS=60
+fuzz: setup ## Fuzz the parsers and decoders of client input, guided by coverage; FUZZ_SECONDS=60
 	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/project/test_fuzz.py
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python atheris==3.0.0
-	@mkdir -p .fuzz && $(BIN)/python -m tests.fuzz.guided .fuzz -max_total_time=$(or $(FUZZ_SECONDS),60) -timeout=10
+	@mkdir -p .fuzz && $(BIN)/python -m tests.fuzz.guided .fuzz -max_total_time=$(or $(FUZZ_SECONDS),60) -timeout=10 -rss_limit_mb=4096
 
 cancellation: setup ## Measure how soon a cancelled job frees its slot
 	@$(BIN)/python -m bench.cancellation

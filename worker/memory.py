@@ -69,9 +69,13 @@ class Budget:
         self.held += size
         if size < 0:
             self._serve()
+            self._refuse_if_stuck()
 
     async def wait(self, account: "Account", size: int) -> None:
-        """Wait until there are `size` free bytes, and count them for the account. The first that fit come first."""
+        """Wait until there are `size` free bytes, and count them for the account.
+
+        Requests are served in order; one that does not fit yet is skipped.
+        """
         waiting = _Waiting(account, size, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         try:
@@ -97,10 +101,12 @@ class Budget:
 
     def _refuse_if_stuck(self) -> None:
         """Refuse the request that holds the most if all that hold anything wait: nobody is left to give memory back."""
-        stuck = {waiting.account for waiting in self._waiting}
-        if all(account in stuck for account in self._accounts if account.held):
+        stuck = {waiting.account for waiting in self._waiting if not waiting.account.brief}
+        if stuck and all(account in stuck for account in self._accounts if account.held):
             largest = max(self._waiting, key=lambda waiting: waiting.account.held)
             self._waiting.remove(largest)
+            if largest.turn.done():
+                return
             is_alone = largest.account.held == self.held
             error: JobError = MemoryExceededError(self.limit) if is_alone else MemoryBusyError(self.held, self.limit)
             largest.turn.set_exception(error)
@@ -122,6 +128,8 @@ class Account:
         self.held = 0
         self.media = 0
         """The part of `held` that downloads and decoded media take."""
+        self.brief = 0
+        """The part of `held` that is given back soon: what decoders need only while they work."""
         self.is_closed = False
 
     def has_room(self, size: int) -> bool:
@@ -137,17 +145,23 @@ class Account:
         """
         if self.is_closed:
             raise asyncio.CancelledError("the request has ended")
-        if self.held + size > self._budget.limit:
+        if self.held - self.brief + size > self._budget.limit:
             raise MemoryExceededError(self._budget.limit)
         if self.has_room(size):
             self._budget.change(self, size)
         else:
             await self._budget.wait(self, size)
 
-    async def take_media(self, size: int) -> None:
-        """Reserve `size` bytes for media, as `take` does."""
+    async def take_media(self, size: int, *, is_brief: bool = False) -> None:
+        """Reserve `size` bytes for media, as `take` does; with `is_brief` until `keep_media` is called."""
         await self.take(size)
         self.media += size
+        self.brief += size if is_brief else 0
+
+    def keep_media(self, size: int, kept: int) -> None:
+        """Free `size` bytes that were reserved briefly, except `kept` of them."""
+        self.brief -= size
+        self.give_back_media(size - kept)
 
     def give_back_media(self, size: int | None = None) -> None:
         """Free `size` bytes of media; None: all of them, because the engine has the request."""

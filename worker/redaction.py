@@ -145,3 +145,5 @@ def _spellings(secret: str) -> Iterator[str]:
     yield quote(secret, safe="")
     yield quote(secret)
     yield unquote(secret)
+    # As Python shows a JSON text that holds the secret.
+    yield repr(json.dumps(secret)[1:-1])[1:-1]

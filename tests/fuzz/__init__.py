@@ -1,1 +1,1 @@
-"""Fuzzing of all input from outside: jobs, bodies, streams, media files, addresses, and texts that contain secrets."""
+"""Fuzzing of all input from outside: jobs, bodies, streams, media files and addresses; and of texts with secrets."""

@@ -15,6 +15,7 @@ from tests.support import hostile, media
 
 CHUNK = re.compile(rb"\xff[\xc0-\xfe]|[A-Za-z][\w ]{3}")
 """The start of a chunk: a marker of a JPEG, or the name of a chunk or box in other formats."""
+PNG = b"\x89PNG\r\n\x1a\n"
 NUMBERS = (0, 1, 7, 8, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF7, 0xFFFFFFFF)
 """Sizes and counts that programs get wrong."""
 SOUNDS = (
@@ -79,7 +80,7 @@ def edited(data: bytes, edits: Sequence[Edit]) -> bytes:
     """Apply the edits. The checksums of a PNG file are corrected, so that its damaged chunks are read."""
     for edit in edits:
         data = EDITS[edit.kind](data, int(edit.place * len(data)), edit.value)
-    return with_checksums(data) if data.startswith(b"\x89PNG") else data
+    return with_checksums(data) if data.startswith(PNG) else data
 
 
 def with_checksums(data: bytes) -> bytes:
@@ -93,7 +94,7 @@ def with_checksums(data: bytes) -> bytes:
 
 def _around_chunk(data: bytes, start: int) -> tuple[bytes, bytes, bytes]:
     """Cut a file at the two next starts of chunks. Boxes and PNG chunks have their length before their name."""
-    length = 4 if data.startswith((b"\x89PNG", b"\0\0")) else 0
+    length = 4 if data.startswith((PNG, b"\0\0")) else 0
     cuts = [match.start() - length for match in CHUNK.finditer(data) if match.start() - length >= start][:2]
     first, second = (*cuts, len(data), len(data))[:2]
     return data[:first], data[first:second], data[second:]

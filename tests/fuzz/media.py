@@ -35,7 +35,7 @@ MAX_SECONDS = 10.0
 KINDS = ("image", "video", "audio")
 
 LOOKS = (Look(), Look(None), *(Look(mode, (0, 0, 0)) for mode in ("RGBA", "L", "1", "F", "CMYK")))
-FORMS = tuple(SoundForm(rate, mono, MAX_SECONDS, MAX_BYTES) for rate in (None, 16_000) for mono in (True, False))
+FORMS = tuple(SoundForm(rate, MAX_SECONDS, MAX_BYTES) for rate in (None, 16_000))
 
 
 @contextmanager
@@ -120,7 +120,7 @@ class Decoding:
         account.close()
         if form.rate not in (None, rate) or rate < 1:
             raise AssertionError(f"the rate is {rate} Hz instead of {form.rate}")
-        if samples.ndim != (1 if form.mono else 2) or not 0 < samples.shape[-1] <= MAX_SECONDS * rate:
+        if samples.ndim != 1 or not 0 < samples.shape[-1] <= MAX_SECONDS * rate:
             raise AssertionError(f"{samples.shape} samples at {rate} Hz")
         return True
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.fuzz import media, texts
 from worker.errors import JobError
+from worker.media.formats import media_type
 from worker.media.parts import Parts
 from worker.request import shape, sse
 from worker.request.inputs import JobInput
@@ -13,20 +14,25 @@ from worker.request.inputs import JobInput
 LINE_ENDS = b"\r\n"
 CPU_SECONDS = 20.0
 """For one body of at most a few megabytes."""
+MAX_TEXT = 40
+"""Bytes of a host or a secret."""
 
 
 def everything(data: bytes, decoding: media.Decoding) -> None:
-    """Run each target on some bytes."""
-    job_text(data)
+    """Use some bytes as whatever they may be."""
     media.gates(data)
     choice = data[-1] if data else 0
-    decoding.image(data, media.LOOKS[choice % len(media.LOOKS)])
-    decoding.sound(data, media.FORMS[choice % len(media.FORMS)])
-    stream(data[1:], 1 + choice % 16)
-    text = data[:100].decode(errors="replace")
-    texts.address(int.from_bytes(data[:4], "big"))
-    texts.host(text)
-    texts.secret(text + texts.CORE)
+    if media_type(data) is not None:
+        decoding.image(data, media.LOOKS[choice % len(media.LOOKS)])
+        decoding.sound(data, media.FORMS[choice % len(media.FORMS)])
+        return
+    job_text(data)
+    stream(data, 1 + choice % 16)
+    if len(data) < MAX_TEXT:
+        text = data.decode(errors="replace")
+        texts.address(int.from_bytes(data[:4], "big"))
+        texts.host(text)
+        texts.secret(text + texts.CORE)
 
 
 def job(value: Any) -> None:

@@ -33,6 +33,8 @@ from worker.telemetry.usage import Fetch, current_usage
 _KINDS: dict[type[MediaIO[Any]], Kind] = {ImageMediaIO: "image", VideoMediaIO: "video", AudioMediaIO: "audio"}
 OPENCV = "opencv"
 FRAMES = "data:video/jpeg;"
+MAX_FRAMES = 10_000
+"""Frames in a video that is a list of JPEG images."""
 FETCHES = 8
 """How many links of one request are fetched at once."""
 _VLLM_LIMIT = re.compile(r"VLLM_MAX_\w+")
@@ -129,14 +131,13 @@ class Guard:
         if len(data) > megabytes << 20:
             raise MediaTooLargeError(f"it is larger than VLLM_MAX_AUDIO_CLIP_FILESIZE_MB={megabytes} allows")
         seconds, size = envs.VLLM_MAX_AUDIO_DECODE_DURATION_S, envs.VLLM_MAX_AUDIO_DECODE_BYTES
-        return await self.decoders.sound(data, SoundForm(None, True, seconds, size), account)
+        return await self.decoders.sound(data, SoundForm(None, seconds, size), account)
 
     def load_audio(
         self,
         path: io.BytesIO | Path | str,
         *,
         sr: float | None = 22050,
-        mono: bool = True,
         max_duration_s: float | None = None,
         max_decode_bytes: int | None = None,
         **_: Any,
@@ -147,7 +148,7 @@ class Guard:
             RejectedMediaError: the sound cannot be used.
         """
         data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
-        form = SoundForm(None if sr is None else int(sr), mono, max_duration_s, max_decode_bytes)
+        form = SoundForm(None if sr is None else int(sr), max_duration_s, max_decode_bytes)
         return asyncio.run_coroutine_threadsafe(self._load_audio(data, form), self.loop).result()
 
     async def _load_audio(self, data: bytes, form: SoundForm) -> tuple[npt.NDArray[Any], float]:
@@ -226,15 +227,19 @@ class Connector(MediaConnector):
         """Load a video in the form of JPEG frames, each in base64, separated by commas."""
         text = url.partition(",")[2]
         checks.check_size(len(text) * 3 // 4, self._limits.bytes["video"])
-        frames = text.split(",")
-        if 0 < media_io.num_frames < len(frames):
-            raise MediaError(f"it has {len(frames)} frames, more than VIDEO_MAX_FRAMES={media_io.num_frames} allows")
+        most, count = media_io.num_frames, text.count(",") + 1
+        if not isinstance(most, int):
+            raise MediaError("media_io_kwargs.video.num_frames must be a number")
+        if 0 < most < count:
+            raise MediaError(f"it has {count} frames, more than VIDEO_MAX_FRAMES={most} allows")
+        if count > MAX_FRAMES:
+            raise MediaError(f"it has {count} frames; at most {MAX_FRAMES} are accepted")
         images: list[Image.Image] = []
-        for frame in frames:
-            data = _decode_base64(frame)
+        for frame in text.split(","):
+            data = await self._guard.decoders.pool.in_thread(_decode_base64, frame)
             await account.take_media(len(data))
             # Frames of different sizes fail later.
-            images.append((await self._image(data, media_io.image_io, account, len(frames))).media)
+            images.append((await self._image(data, media_io.image_io, account, count)).media)
         media_io.image_io = cast(ImageMediaIO, _Decoded(images))
         return await self._guard.decoders.pool.in_thread(_load, media_io.load_base64, "video/jpeg", text)
 
@@ -250,7 +255,6 @@ class Connector(MediaConnector):
         async with decoders.capture(account) as capture:
             _capture.set(capture)
             video = await decoders.pool.in_thread(_load, media_io.load_bytes, data)
-            await decoders.pool.in_thread(capture.close)
         if not len(video.media[0]):
             raise MediaError(DAMAGED)
         return video

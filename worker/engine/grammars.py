@@ -11,12 +11,13 @@ import json
 import socket
 import subprocess
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from http import HTTPStatus
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.structured_output import backend_xgrammar
@@ -40,6 +41,8 @@ HARMLESS_BYTES = 10_000
 """Lists of choices up to this size are always fast, and are not checked."""
 MAX_CHECKS = 8
 """How many grammars are checked at the same time."""
+PLACE_SECONDS = 20.0
+"""How long a grammar waits until fewer are being checked."""
 MAX_REMEMBERED = 1024
 """How many grammars that have passed are remembered, by their hash."""
 
@@ -48,6 +51,7 @@ TOO_SLOW = (
     "much memory. Use fewer rules, alternatives and properties, smaller repetition counts and lengths, and no "
     "repetition with an upper bound inside another repetition."
 )
+BUSY = "The worker is checking the grammars of too many other requests. Try again in a minute."
 UNCHECKED = b"unchecked"
 """The reply about a grammar that xgrammar does not accept. vLLM words the error, or uses another library."""
 PASSED = b"passed"
@@ -89,6 +93,8 @@ class Grammars:
         self._uses_xgrammar = client.vllm_config.structured_outputs_config.backend in ("auto", "xgrammar")
         self._checks: OrderedDict[str, asyncio.Task[None]] = OrderedDict()
         """The running checks and those that have passed, by the hash of the grammar; the last used are at the end."""
+        self._waiters: Counter[asyncio.Task[None]] = Counter()
+        """How many requests wait for each check."""
         self._places = asyncio.Semaphore(MAX_CHECKS)
         self._starting = asyncio.Lock()
         self._process: _Checker | None = None
@@ -119,23 +125,36 @@ class Grammars:
         if key not in self._checks:
             self._checks[key] = asyncio.create_task(self._run(kind, source))
             self._checks[key].add_done_callback(lambda task: self._forget_failed(key, task))
+        check = self._checks[key]
         self._checks.move_to_end(key)
         if len(self._checks) > MAX_REMEMBERED:
             self._checks.popitem(last=False)
-        # Others may wait for the same check when this request is cancelled.
-        await asyncio.shield(self._checks[key])
+        self._waiters[check] += 1
+        try:
+            # Others may wait for the same check when this request is cancelled.
+            await asyncio.shield(check)
+        finally:
+            self._waiters[check] -= 1
+            if not self._waiters[check]:
+                del self._waiters[check]
+                check.cancel()
 
     def _forget_failed(self, key: str, task: asyncio.Task[None]) -> None:
         if (task.cancelled() or task.exception()) and self._checks.get(key) is task:
             del self._checks[key]
 
     async def _run(self, kind: str, source: str) -> None:
-        async with self._places:
+        try:
+            await asyncio.wait_for(self._places.acquire(), PLACE_SECONDS)
+        except TimeoutError:
+            raise GracefulHTTPError(BUSY, HTTPStatus.TOO_MANY_REQUESTS) from None
+        try:
             checker = await self._checker()
-            try:
-                reply = await checker.check(kind, source)
-            except TimeoutError:
-                raise VLLMValidationError(TOO_SLOW) from None
+            reply = await checker.check(kind, source)
+        except TimeoutError:
+            raise VLLMValidationError(TOO_SLOW) from None
+        finally:
+            self._places.release()
         if not reply and checker.popen.poll() is not None:
             raise RuntimeError("The process that checks grammars has ended")
         if reply not in (PASSED, UNCHECKED):

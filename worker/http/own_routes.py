@@ -6,7 +6,7 @@ from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel
 
-from worker import __version__
+from worker import __version__, redaction
 from worker.lifecycle import Lifecycle, State
 from worker.memory import Budget
 from worker.request.asgi import App, Message, Receive, Send
@@ -116,7 +116,7 @@ class OwnRoutes:
         load = _gauges(self._telemetry.registry)
         return Health(
             status=state,
-            model=self._settings.model_name,
+            model=str(redaction.public(self._settings.model_name)),
             uptime_seconds=round(self._lifecycle.uptime, 1),
             jobs=self._telemetry.running,
             last_error=self._telemetry.last_error,
@@ -127,7 +127,7 @@ class OwnRoutes:
         """Return versions, model, limits, GPUs, settings and the duration of each phase of the start."""
         return Info(
             version=__version__,
-            model=self._settings.model_name,
+            model=str(redaction.public(self._settings.model_name)),
             revision=self._settings.model_revision,
             engine=self.engine,
             gpus=gpu.installed(),

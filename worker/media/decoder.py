@@ -87,10 +87,16 @@ class Decoder:
         `allowed` pixels.
         """
         data = self._file(size)
-        self._limit(2 * size + IMAGE_BYTES)
         detected = media_type(data)
+        canvas = 0
         if detected == "image/jpeg":
             structure.check_jpeg(data)
+        elif detected == "image/webp":
+            # Pillow's decoder allocates two canvases when it opens the file.
+            width, height = structure.webp_size(data)
+            if (canvas := width * height) > allowed:
+                return (width, height), None
+        self._limit(2 * size + 8 * canvas + IMAGE_BYTES)
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS.get(str(detected), ())) as image:
             claimed = image.size
             if detected == "image/tiff":
@@ -107,13 +113,13 @@ class Decoder:
             is_converted = converted is not image
         if pixels is not None and converted.width * converted.height > pixels:
             scale = (pixels / (converted.width * converted.height)) ** 0.5
-            smaller = (max(1, int(converted.width * scale)), max(1, int(converted.height * scale)))
+            smaller = (_scaled(converted.width, scale, pixels), _scaled(converted.height, scale, pixels))
             converted = converted.resize(smaller, Image.Resampling.LANCZOS)
         return claimed, (*self._share(converted), converted.size, is_converted)
 
     def _share(self, image: Image.Image) -> tuple[str, str, int]:
         """Copy the pixels into the shared memory; return the mode, the order of the bytes, and their number."""
-        if image.mode == "RGB":
+        if image.mode == "RGB" and 4 * image.width * image.height <= len(self._memory):
             with suppress(ValueError):
                 return "RGB", "RGBX", copy_rgbx(image, self._address)
         pixels = image.tobytes()
@@ -123,11 +129,11 @@ class Decoder:
     # ---- Sounds
 
     def decode_sound(
-        self, size: int, rate: int | None, mono: bool, seconds: float | None, most_bytes: int | None
-    ) -> tuple[int, int, int]:
-        """Decode a sound at `rate`, or at its own. Return its channels, its samples in each channel, and its rate.
+        self, size: int, rate: int | None, seconds: float | None, most_bytes: int | None
+    ) -> tuple[int, int]:
+        """Decode a sound at `rate` in Hz, or at its own. Return its number of samples and its rate.
 
-        The samples are 32-bit floats, one channel after the other; 1 channel, their mean, with `mono`.
+        The samples are 32-bit floats, the mean of all channels.
         """
         import av
         import numpy as np
@@ -137,29 +143,27 @@ class Decoder:
         demuxer = DEMUXERS.get(str(media_type(data)))
         if demuxer == "mov":
             structure.check_mp4(data)
-        pieces: list[Any] = []
+        sound = np.frombuffer(self._memory, np.float32, len(self._memory) // 4)
+        most = sound.size if most_bytes is None else min(sound.size, most_bytes // 4)
+        samples = 0
         with av.open(io.BytesIO(data), "r", format=demuxer, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise MediaError("it has no audio track")
             stream = container.streams.audio[0]
             rate = rate or stream.rate
             resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
-            samples = used = 0
             for frame in chain(container.decode(stream), (None,)):
                 for resampled in resampler.resample(frame):
-                    piece = resampled.to_ndarray()
-                    piece = piece.mean(axis=0, keepdims=True, dtype=np.float32) if mono else piece
-                    pieces.append(piece)
-                    samples, used = samples + piece.shape[1], used + piece.nbytes
+                    piece = resampled.to_ndarray().mean(axis=0, dtype=np.float32)
+                    if samples + piece.size > most:
+                        raise MediaTooLargeError("its samples take more bytes than VLLM_MAX_AUDIO_DECODE_BYTES allows")
+                    sound[samples : samples + piece.size] = piece
+                    samples += piece.size
                 if seconds is not None and samples > seconds * rate:
                     raise MediaTooLargeError(f"it is longer than VLLM_MAX_AUDIO_DECODE_DURATION_S={seconds:g} allows")
-                if used > (len(self._memory) if most_bytes is None else most_bytes):
-                    raise MediaTooLargeError("its samples take more bytes than VLLM_MAX_AUDIO_DECODE_BYTES allows")
         if not samples:
             raise MediaError("it has no samples")
-        sound = np.concatenate(pieces, axis=1)
-        self._memory[: sound.nbytes] = sound.tobytes()
-        return sound.shape[0], sound.shape[1], rate
+        return samples, rate
 
     # ---- Videos: the part of the interface of `cv2.VideoCapture` that vLLM uses
 
@@ -205,6 +209,10 @@ class Decoder:
     def close_video(self) -> None:
         """Free the video's memory."""
         self._capture = None
+
+
+def _scaled(length: int, scale: float, most: int) -> int:
+    return min(max(1, int(length * scale)), most)
 
 
 def _converted(image: Image.Image, mode: str | None, background: tuple[int, ...]) -> Image.Image:
@@ -286,7 +294,7 @@ def _decode_silence() -> None:
     # Not in the shared memory, which may have a file already.
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     memory.write(file.getvalue())
-    Decoder(memory).decode_sound(memory.tell(), None, True, None, None)
+    Decoder(memory).decode_sound(memory.tell(), None, None, None)
 
 
 def _exit_with_parent(parent: int) -> None:

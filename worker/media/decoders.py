@@ -24,6 +24,8 @@ QUICK_PIXELS = 4 << 20
 """Images of up to this size are decoded at once if there is memory for them."""
 KEPT_PIXEL_BYTES = 4
 """What Pillow needs for a pixel of the result."""
+SOUND_BYTES = 268_435_456
+"""vLLM's default for the samples of a sound."""
 MAX_PROCESSES = 8
 IMAGE_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")
 
@@ -46,12 +48,10 @@ class Picture(NamedTuple):
 
 
 class SoundForm(NamedTuple):
-    """How a sound is returned, and its limits."""
+    """The rate at which a sound is returned, and its limits."""
 
     rate: int | None = None
     """In Hz; None keeps the file's."""
-    mono: bool = True
-    """Whether to return the mean of the channels."""
     seconds: float | None = None
     """The longest duration."""
     size: int | None = None
@@ -69,7 +69,9 @@ class Decoders:
 
     def _start(self) -> Process:
         pixels = KEPT_PIXEL_BYTES * int(self._limits.image_pixels.value)
-        return Process(max(pixels, *(int(limit.value) for limit in self._limits.bytes.values())), self._modules)
+        sounds = SOUND_BYTES if "av" in self._modules else 0
+        files = (int(limit.value) for limit in self._limits.bytes.values())
+        return Process(max(pixels, sounds, *files), self._modules)
 
     async def image(self, data: bytes, look: Look, account: Account, count: int = 1) -> Picture:
         """Decode an image file, upright, and scaled down if the settings say so. It is one of `count` of a video.
@@ -88,12 +90,15 @@ class Decoders:
             # Most images fit into this, so that their memory is known before they are opened.
             if account.has_room(PIXEL_BYTES * QUICK_PIXELS):
                 allowed = QUICK_PIXELS
-                await account.take_media(PIXEL_BYTES * allowed)
+                await account.take_media(PIXEL_BYTES * allowed, is_brief=True)
             decoded = await self._decode(process, data, look, account, count, allowed)
+            if not isinstance(decoded, Picture) and account.has_room(PIXEL_BYTES * decoded):
+                await account.take_media(PIXEL_BYTES * decoded, is_brief=True)
+                decoded = await self._decode(process, data, look, account, count, decoded)
         if isinstance(decoded, Picture):
             return decoded
         # While it waits for memory, others may use the process.
-        await account.take_media(PIXEL_BYTES * decoded)
+        await account.take_media(PIXEL_BYTES * decoded, is_brief=True)
         async with self.pool.process(account) as process:
             decoded = await self._decode(process, data, look, account, count, decoded)
         assert isinstance(decoded, Picture)
@@ -109,7 +114,7 @@ class Decoders:
             if isinstance(decoded, Picture):
                 kept = KEPT_PIXEL_BYTES * decoded.image.width * decoded.image.height
         finally:
-            account.give_back_media(PIXEL_BYTES * allowed - kept)
+            account.keep_media(PIXEL_BYTES * allowed, kept)
         return decoded
 
     def _request(self, process: Process, data: bytes, look: Look, count: int, allowed: int) -> Picture | int:
@@ -127,7 +132,7 @@ class Decoders:
         return Picture(Image.frombytes(mode, tuple(size), process.result(used), "raw", order), is_converted)
 
     async def sound(self, data: bytes, form: SoundForm, account: Account) -> tuple[npt.NDArray[np.float32], int]:
-        """Decode a sound. Return its samples, (samples,) with `mono`, else (channels, samples), and its rate in Hz.
+        """Decode a sound. Return its samples, with the shape (samples,), the mean of all channels, and its rate in Hz.
 
         Raises:
             MediaError: the file is no sound, is damaged, or exceeds a limit.
@@ -137,15 +142,14 @@ class Decoders:
         check_size(len(data), self._limits.bytes["audio"])
         check_kind(data, "audio")
         async with self.pool.process(account, is_long=True) as process:
-            channels, samples, rate = await self.pool.in_thread(self._decode_sound, process, data, form)
-            await account.take_media(4 * channels * samples)
-            sound: npt.NDArray[np.float32] = np.frombuffer(process.result(4 * channels * samples), np.float32).copy()
-        return sound if form.mono else sound.reshape(channels, samples), rate
+            samples, rate = await self.pool.in_thread(self._decode_sound, process, data, form)
+            await account.take_media(4 * samples)
+            return np.frombuffer(process.result(4 * samples), np.float32).copy(), rate
 
-    def _decode_sound(self, process: Process, data: bytes, form: SoundForm) -> tuple[int, int, int]:
+    def _decode_sound(self, process: Process, data: bytes, form: SoundForm) -> tuple[int, int]:
         process.begin(data, self._limits.decode_seconds)
-        channels, samples, rate = process.request("decode_sound", len(data), *form)
-        return int(channels), int(samples), int(rate)
+        samples, rate = process.request("decode_sound", len(data), *form)
+        return int(samples), int(rate)
 
     @asynccontextmanager
     async def capture(self, account: Account) -> AsyncIterator[Capture]:
@@ -156,7 +160,14 @@ class Decoders:
             asyncio.run_coroutine_threadsafe(account.take_media(size), loop).result()
 
         async with self.pool.process(account, is_long=True) as process:
-            yield Capture(process, self._limits, reserve)
+            capture = Capture(process, self._limits, reserve)
+            try:
+                yield capture
+                await self.pool.in_thread(capture.close)
+            except BaseException:
+                # The video would keep its memory in the process.
+                process.kill()
+                raise
 
     def close(self) -> None:
         """End the processes."""

@@ -120,8 +120,16 @@ class Fetcher:
         """
         seconds = self._policy.seconds
         try:
-            async with asyncio.timeout(seconds):
-                return await self._follow(_parse(link), limit, reserve)
+            async with asyncio.timeout(seconds) as clock:
+
+                async def reserve_untimed(size: int) -> None:
+                    """Stop the clock while waiting for memory, which is not the link's fault."""
+                    left = (clock.when() or 0) - asyncio.get_running_loop().time()
+                    clock.reschedule(None)
+                    await reserve(size)
+                    clock.reschedule(asyncio.get_running_loop().time() + left)
+
+                return await self._follow(_parse(link), limit, reserve_untimed)
         except TimeoutError:
             raise TooSlowError(f"the link was not fetched within MEDIA_FETCH_TIMEOUT={seconds:g} s") from None
         except MediaError:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from worker import processes
-from worker.errors import MediaError, MediaTooLargeError
+from worker.errors import MediaBusyError, MediaError, MediaTooLargeError
 from worker.media.checks import Limit
 
 START_SECONDS = 30.0
@@ -104,6 +104,8 @@ class Process:
                 return result
             is_late = True
         self.kill()
+        if self._limit is None:
+            raise MediaBusyError("the process that decodes media could not start; try again in a few seconds")
         if is_late:
             raise MediaTooLargeError(f"it takes longer to decode than {self._limit} s allows")
         raise MediaError(DAMAGED)
@@ -162,10 +164,10 @@ class Pool:
         """Lend a process to a request. If the caller is cancelled, the process is killed, and its work fails."""
         loop = asyncio.get_running_loop()
         turn = _Turn(request, is_long, loop.create_future(), loop.time())
-        self._waiting.append(turn)
-        self._serve()
         hurry = loop.call_later(PATIENCE_SECONDS, self._serve)
+        self._waiting.append(turn)
         try:
+            self._serve()
             await turn.future
             idle = self._idle_process()
             process = idle if idle is not None else await self.in_thread(self._start)
@@ -187,7 +189,9 @@ class Pool:
             most = self._each if now - turn.since < PATIENCE_SECONDS else MORE * self._each
             # Videos and sounds may take minutes. They never use all processes.
             is_crowded = turn.is_long and self._long >= (MORE - 1) * self._each
-            if self._using.total() < most and self._using[turn.request] < self._each and not is_crowded:
+            has_place = self._using.total() < most and self._using[turn.request] < self._each and not is_crowded
+            # A turn that was cancelled just now is removed by its own task.
+            if has_place and not turn.future.done():
                 self._waiting.remove(turn)
                 self._using[turn.request] += 1
                 self._long += turn.is_long
@@ -211,7 +215,9 @@ class Pool:
         return None
 
     def _give_back(self, process: Process) -> None:
-        if self._is_closed or not process.is_alive or len(self._idle) >= self._each:
+        if self._is_closed:
+            process.close()
+        elif not process.is_alive or len(self._idle) >= self._each:
             self._threads.submit(process.close)
         else:
             process.free()

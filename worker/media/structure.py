@@ -1,6 +1,6 @@
 """Checks of a file's structure before it is decoded: claims that cost a decoder far more than an honest file. Pure."""
 
-from collections.abc import Iterator
+import re
 
 from worker.errors import MediaError, MediaTooLargeError
 
@@ -15,14 +15,16 @@ MAX_TILE_PIXELS = 4 << 20
 MAX_FRAME_RATE = 1000.0
 """Frames per second of a video. Cameras for slow motion record up to 960."""
 
-MAX_FRAMES = 1_000_000
-"""Frames in an MP4 file: more than 16 minutes at 1,000 frames per second."""
+MAX_BOXES = 100_000
+MAX_BOX_DEPTH = 10
+"""Of an MP4 file. Honest ones have a few hundred boxes, seven levels deep, or some for each second if fragmented."""
 
-_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
-_COUNTS = {b"stsz": 16, b"stz2": 16, b"trun": 12}
-"""Boxes that state a number of samples, and the position of that number."""
-_REPORTED = (b"trak", b"traf", b"hdlr", *_COUNTS)
-_SCAN = b"\xff\xda"
+_CONTAINERS = frozenset(b"moov trak mdia minf stbl moof traf udta edts dinf mvex tref wave sinf schi ilst".split())
+"""Boxes that FFmpeg descends into."""
+_COUNTS = {b"stsz": 8, b"stz2": 8, b"trun": 4}
+"""Boxes that state a number of frames, and its position in their content."""
+_SCAN, _END = 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _SEQUENTIAL = (0xC0, 0xC1)
 """The markers of frames that are not progressive."""
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323
@@ -30,34 +32,36 @@ _TILE_WIDTH, _TILE_HEIGHT = 322, 323
 
 def check_jpeg(data: bytes) -> None:
     """Raise `MediaTooLargeError` if a JPEG file has too many segments or scans."""
-    components = 0
-    for number, position in enumerate(_segments(data)):
-        marker = data[position + 1]
-        if number >= MAX_JPEG_SEGMENTS:
-            raise MediaTooLargeError(f"it has more than {MAX_JPEG_SEGMENTS} segments; save it again as JPEG")
-        if marker in _SEQUENTIAL and position + 9 < len(data):
-            components = data[position + 9]
-        elif marker == _SCAN[1]:
+    position, components, scans = 2, 0, 0
+    for _ in range(MAX_JPEG_SEGMENTS):
+        # As decoders do, this skips whatever is no marker: compressed data, and garbage between segments.
+        if (found := _MARKER.search(data, position)) is None or (marker := found[0][1]) == _END:
+            return
+        position = found.end()
+        if marker in _SEQUENTIAL and position + 7 < len(data):
+            components = data[position + 7]
+        elif marker == _SCAN:
             # Decoders stop after the first scan of a sequential file that has all components.
-            if components and data[position + 4] == components:
+            if components and data[position + 2 : position + 3] == bytes([components]):
                 return
-            break
-    # Within compressed data an 0xFF is followed by 0, so this finds markers only, and those of a thumbnail.
-    if data.count(_SCAN) > MAX_JPEG_SCANS:
-        raise MediaTooLargeError(f"it has more than {MAX_JPEG_SCANS} scans; save it as a baseline JPEG")
+            scans += 1
+            if scans > MAX_JPEG_SCANS:
+                raise MediaTooLargeError(f"it has more than {MAX_JPEG_SCANS} scans; save it as a baseline JPEG")
+        position += int.from_bytes(data[position : position + 2], "big")
+    raise MediaTooLargeError(f"it has more than {MAX_JPEG_SEGMENTS} segments; save it again as JPEG")
 
 
-def _segments(data: bytes) -> Iterator[int]:
-    """Yield the position of each segment's marker."""
-    position = 2
-    while position + 5 <= len(data) and data[position] == 0xFF:
-        yield position
-        marker = data[position + 1]
-        has_no_length = marker in (0x01, 0xFF) or 0xD0 <= marker <= 0xD9
-        if marker == 0xFF:
-            position += 1
-        else:
-            position += 2 if has_no_length else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Return the width and height in a WebP file's header; 0, 0 if it is damaged. Source: RFC 9649."""
+    kind, payload = data[12:16], data[20:30]
+    if len(payload) < 10:
+        return 0, 0
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(payload[4:7], "little"), 1 + int.from_bytes(payload[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(payload[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(payload[6:8], "little") & 0x3FFF, int.from_bytes(payload[8:10], "little") & 0x3FFF
 
 
 def check_tiles(tags: dict[int, object], width: int, height: int) -> None:
@@ -80,34 +84,35 @@ def check_frame_rate(frames: float, rate: float, seconds: float) -> None:
 
 
 def check_mp4(data: bytes) -> None:
-    """Raise `MediaTooLargeError` if an MP4 or MOV file claims too many frames. A claim takes a few bytes of the file.
+    """Raise `MediaTooLargeError` if an MP4 or MOV file claims more frames than it has bytes.
 
-    FFmpeg allocates memory for each of them. Source of the boxes: ISO/IEC 14496-12.
+    A claim takes a few bytes of the file, and FFmpeg allocates memory for each frame. Source of the boxes: ISO/IEC
+    14496-12.
     """
-    frames, is_sound = 0, False
-    for position, box in _boxes(data, 0, len(data)):
-        if box in (b"trak", b"traf"):
-            is_sound = False
-        elif box == b"hdlr":
-            # Uncompressed sound may have millions of samples, which FFmpeg groups.
-            is_sound = data[position + 16 : position + 20] == b"soun"
-        elif not is_sound:
-            frames += int.from_bytes(data[position + _COUNTS[box] : position + _COUNTS[box] + 4], "big")
-        if frames > MAX_FRAMES:
-            raise MediaTooLargeError(f"it claims more than {MAX_FRAMES:,} frames")
+    pending = [(0, len(data), 0)]
+    boxes = 0
+    while pending:
+        start, end, depth = pending.pop()
+        while start + 8 <= end:
+            boxes += 1
+            size, box, header = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8], 8
+            if size == 1:
+                size, header = int.from_bytes(data[start + 8 : start + 16], "big"), 16
+            stop = end if size == 0 else min(start + size, end)
+            if stop < start + header:
+                break
+            if box == b"cmov" or boxes > MAX_BOXES or depth > MAX_BOX_DEPTH:
+                raise MediaTooLargeError("its boxes are compressed, too many or nested too deep; remux the file")
+            if (count := _frame_count(data, box, start + header)) > len(data):
+                raise MediaTooLargeError(f"it claims {count:,} frames, which is more than it has bytes")
+            if box in _CONTAINERS:
+                pending.append((start + header, stop, depth + 1))
+            start = stop
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yield position and type of the boxes that matter for the number of frames."""
-    while start + 8 <= end:
-        size, box, header = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8], 8
-        if size == 1:
-            size, header = int.from_bytes(data[start + 8 : start + 16], "big"), 16
-        stop = end if size == 0 else min(start + size, end)
-        if stop < start + header:
-            return
-        if box in _REPORTED:
-            yield start, box
-        if box in _CONTAINERS:
-            yield from _boxes(data, start + header, stop)
-        start = stop
+def _frame_count(data: bytes, box: bytes, position: int) -> int:
+    """Return the number of frames that a box states; 0 for other boxes. `position` is that of its content."""
+    if box not in _COUNTS:
+        return 0
+    position += _COUNTS[box]
+    return int.from_bytes(data[position : position + 4], "big")

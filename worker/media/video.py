@@ -18,6 +18,7 @@ MAX_DEFERRED = 100
 DECODER_PIXEL_BYTES = 32
 """What FFmpeg keeps for each pixel of a frame: the frames that others refer to."""
 RESERVED_BYTES = 32 << 20
+LARGE_PIXELS = 4 << 20
 
 Frame = npt.NDArray[np.uint8]
 
@@ -37,6 +38,7 @@ class Capture:
         self._deferred = 0
         self._misses = 0
         self._pixels = 0
+        self._frame_pixels = 0
         self._reserved = 0
         """Bytes that are reserved for the next frames."""
 
@@ -54,6 +56,7 @@ class Capture:
         check_frame_rate(frames, rate, longest.value)
         if frames / rate > longest.value:
             raise MediaTooLargeError(f"it is {frames / rate:.0f} s long, which is more than {longest} allows")
+        self._frame_pixels = width * height
         self._reserve(DECODER_PIXEL_BYTES * width * height)
 
     def get(self, prop: int) -> float:
@@ -115,8 +118,10 @@ class Capture:
         return self.retrieve() if self.grab() else (False, None)
 
     def close(self) -> None:
-        """Free the video's memory in the process."""
-        if self._process.is_alive:
+        """Free the video's memory in the process. After large frames only its end frees all of it."""
+        if self._frame_pixels > LARGE_PIXELS:
+            self._process.kill()
+        elif self._process.is_alive:
             self._process.request("close_video")
 
     def _request_after_grabs(self, name: str, *arguments: object) -> Any:

@@ -223,7 +223,7 @@ class BodyBudget:
                 pieces.append(piece)
                 more = message.get("more_body", False)
             pieces = [b"".join(pieces)]
-            if not header(scope, b"content-type").startswith(FORMS):
+            if not header(scope, b"content-type").lower().startswith(FORMS):
                 check_shape(pieces[0])
 
             async def receive_body_first() -> Message:
