@@ -477,8 +477,7 @@ def test_a_process_has_no_secrets_and_ends_with_its_worker() -> None:
     program = """
         import asyncio, time
         from worker.settings import settings
-        from worker.media import structure
-from worker.media.checks import Limits
+        from worker.media.checks import Limits
         from worker.media.decoders import Decoders
         async def main():
             decoders = Decoders(Limits(settings.read({})))
