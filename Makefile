@@ -10,7 +10,7 @@ UNIT := $(addprefix tests/,settings request telemetry media model http queue) $(
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance simulate soak fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
+.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -90,6 +90,9 @@ simulate: setup ## Run the queue in simulated bad days; SCHEDULES=5000 FIRST=0; 
 
 soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--minutes 1" is shorter
 	@$(BIN)/python -m bench.soak $(SOAK)
+
+hostile: setup ## Attack a worker with hostile files and bodies, and print what each costs; needs an idle machine
+	@HOSTILE_SLOWNESS=1 $(BIN)/python -m pytest tests/end_to_end/test_hostile.py -rP
 
 fuzz: setup ## Fuzz the parsers and decoders of client input, guided by coverage; FUZZ_SECONDS=60
 	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/project/test_fuzz.py
