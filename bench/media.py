@@ -1,4 +1,4 @@
-"""Measures how long the worker's media connector takes, compared with vLLM's own: eight photographs and a video.
+"""Measures how long the worker's media connector takes, compared with vLLM's own: photographs and a video.
 
 No model runs. The two connectors take turns, and the figures are medians. "Beyond the slowest fetch" is the time from
 the start of the first fetch until all images are decoded, minus the slowest fetch: the time for checks and decoding
@@ -77,13 +77,11 @@ def _server(folder: Path) -> Iterator[str]:
             server.terminate()
 
 
-def _photograph(seed: int) -> bytes:
-    """Return a JPEG file of about 1 MB: a smooth image with some grain."""
+def _photograph(seed: int, size: tuple[int, int] = (1600, 1200)) -> bytes:
+    """Return a JPEG file, of about 1 MB in the default size: a smooth image with some grain."""
     rng = np.random.default_rng(seed)
-    smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
-        (1600, 1200), Image.Resampling.BICUBIC
-    )
-    grain = rng.normal(0, 14, (1200, 1600, 3))
+    smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    grain = rng.normal(0, 14, (size[1], size[0], 3))
     file = io.BytesIO()
     Image.fromarray(np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=88)
     return file.getvalue()
@@ -98,6 +96,7 @@ async def _measure(folder: Path, url: str) -> dict[str, Any]:
     connectors = {"worker": MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR), "vLLM": MediaConnector()}
     links = [f"{url}/{index}.jpg" for index in range(PHOTOGRAPHS)]
     inline = [media.data_url((folder / f"{index}.jpg").read_bytes(), "image/jpeg") for index in range(PHOTOGRAPHS)]
+    alone = media.data_url(_photograph(PHOTOGRAPHS, (1152, 896)), "image/jpeg")
     film = media.data_url((folder / "film.mp4").read_bytes(), "video/mp4")
     seconds: dict[str, list[float]] = {}
 
@@ -120,6 +119,7 @@ async def _measure(folder: Path, url: str) -> dict[str, Any]:
                     slowest = max(fetch.seconds for fetch in usage.fetches)
                     seconds.setdefault("links, beyond the slowest fetch", []).append(total - slowest)
             current_account.set(None)
+            await timed(f"one image, {name}", partial(connector.fetch_image_async, alone))
             setattr(OpenCVVideoBackendMixin, "open_video_capture", open_video[name])  # noqa: B010 - for mypy
             await timed(f"film, {name}", partial(connector.fetch_video_async, film))
         if number == 0:
@@ -128,7 +128,7 @@ async def _measure(folder: Path, url: str) -> dict[str, Any]:
     await guard.aclose()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {}
-    for source in ("links", "base64", "film"):
+    for source in ("links", "base64", "one image", "film"):
         pairs = zip(seconds[f"{source}, worker"], seconds[f"{source}, vLLM"], strict=True)
         ratios[f"{source}, worker to vLLM"] = round(statistics.median(worker / vllm for worker, vllm in pairs), 3)
     return {"ms": {name: round(1000 * value, 1) for name, value in sorted(medians.items())}, "ratio": ratios}

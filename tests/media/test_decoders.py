@@ -463,12 +463,12 @@ async def _hold(case: Case, request: Account, is_long: bool) -> None:
 
 
 def test_large_shared_memory_is_freed_after_use() -> None:
-    data = saved(Image.new("RGB", (4000, 3000)), "PNG")
+    data = saved(Image.new("RGB", (6000, 4500), "white"), "PNG")
 
     async def decode(case: Case) -> int:
         await case.image(data)
         (process,) = case.decoders.pool._idle
-        return sum(process.memory[at] for at in range(0, 48_000_000, 4096))
+        return sum(process.memory[at] for at in range(0, 81_000_000, 4096))
 
     assert run(decode) == 0
 

@@ -22,7 +22,7 @@ from worker.errors import MediaBusyError, MediaError, MediaTooLargeError
 from worker.media.checks import Limit
 
 START_SECONDS = 30.0
-LARGE_BYTES = 8 << 20
+LARGE_BYTES = 64 << 20
 """Shared memory beyond this is freed after each use."""
 PATIENCE_SECONDS = 0.25
 """How long media wait for a process that is in use before they get another one."""
