@@ -8,21 +8,27 @@ from importlib import metadata
 from typing import Any
 
 import pytest
+from fastapi import routing as fastapi_routing
+from fastapi.dependencies import utils as fastapi_dependencies
 from runpod.serverless import worker as sdk_worker
 from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_ping, rp_scale, worker_state
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.pooling.embed import api_router as embed
 from vllm.entrypoints.pooling.scoring import api_router as scoring
+from vllm.entrypoints.serve.exception_handling import utils as messages
 from vllm.entrypoints.serve.lora import api_router as lora
 from vllm.entrypoints.serve.utils import api_utils
+from vllm.entrypoints.speech_to_text.base import serving as speech
 from vllm.inputs.engine import MultiModalInput
+from vllm.multimodal.video_decoders import opencv
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
+from vllm.v1.structured_output import backend_xgrammar
 
 from tests.support.tiny import MODEL, ROOT
 from worker import engine, settings
@@ -160,3 +166,18 @@ def test_a_request_can_use_another_output_collector() -> None:
     assert "q.get_nowait() or await q.get()" in inspect.getsource(AsyncLLM.generate)
     assert "queue.put(" in inspect.getsource(OutputProcessor.process_outputs)
     assert "self.aggregate = output_kind == RequestOutputKind.DELTA" in inspect.getsource(RequestOutputCollector)
+
+
+@pytest.mark.parametrize(
+    ("user", "call"),
+    [
+        pytest.param(speech.SpeechToTextBaseServing, "load_audio(", id="uploads for transcription"),
+        pytest.param(opencv.decode_opencv, "OpenCVVideoBackendMixin.open_video_capture(data)", id="videos"),
+        pytest.param(fastapi_routing.get_request_handler, "solve_dependencies(", id="bodies, first step"),
+        pytest.param(fastapi_dependencies.solve_dependencies, "await request_body_to_args(", id="bodies, second step"),
+        pytest.param(messages.sanitize_message, "re.sub(", id="error messages"),
+        pytest.param(backend_xgrammar.XgrammarBackend, "XgrammarGrammar(", id="grammars"),
+    ],
+)
+def test_vllm_and_fastapi_still_call_what_the_worker_replaces(user: object, call: str) -> None:
+    assert call in inspect.getsource(user)  # type: ignore[arg-type]
