@@ -37,8 +37,8 @@ run: setup ## Run the job in test_input.json with the embedded model, and exit
 
 test: setup ## Run all tests and measure the coverage of worker/
 	@rm -rf .coverage
-	@$(BIN)/coverage run -m pytest tests --ignore=tests/end_to_end --ignore=tests/project $(PARALLEL)
-	@$(BIN)/coverage run -m pytest tests/end_to_end tests/project
+	@$(BIN)/coverage run -m pytest tests --ignore=tests/end_to_end $(PARALLEL)
+	@$(BIN)/coverage run -m pytest tests/end_to_end --durations=15
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 

@@ -151,7 +151,10 @@ ROWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ROWS)
+long = pytest.mark.skipif(SLOWNESS > 1, reason="`make hostile` runs it; tests/http and tests/media have short ones")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=long if "silent" in name else ()) for name in ROWS])
 def test_one_hostile_request(worker: HttpWorker, links: CountingServer, watch: Watch, name: str) -> None:
     row = ROWS[name]()
     bodies = [Body(name, content) for content in row.contents(links)]
@@ -184,6 +187,7 @@ def test_30_mb_of_headers_are_refused(worker: HttpWorker, watch: Watch) -> None:
     watch.check()
 
 
+@long
 def test_200_idle_connections_are_closed(worker: HttpWorker, watch: Watch) -> None:
     starts = (b"", b"GET /v1/models HTTP/1.1\r\nhost: x\r\n", f"POST {CHAT} HTTP/1.1\r\nhost".encode(), b"\r\n")
     with ExitStack() as stack, watch.running():
@@ -245,6 +249,7 @@ def body_about(kind: str, file: File) -> Body:
     return Body(file.name, chat_about(kind, url_of(file.data)), file.may_pass)
 
 
+@long
 @pytest.mark.parametrize("batch", hostile_files())
 def test_hostile_files(worker: HttpWorker, watch: Watch, batch: str) -> None:
     bodies = [body_about(kind, file) for kind, file in hostile_files()[batch]()]
@@ -259,7 +264,7 @@ def test_hostile_files(worker: HttpWorker, watch: Watch, batch: str) -> None:
 # ---- Other bodies
 
 
-@pytest.mark.parametrize("batch", ["shapes", "numbers", "fields", "forms", "templates"])
+@pytest.mark.parametrize("batch", ["shapes", "numbers", pytest.param("fields", marks=long), "forms", "templates"])
 def test_hostile_bodies(worker: HttpWorker, watch: Watch, batch: str) -> None:
     bodies = list(getattr(hostile_bodies, batch)())
     with watch.running():
