@@ -82,11 +82,12 @@ class Budget:
             self._refuse_if_stuck()
             async with asyncio.timeout(self._wait_seconds):
                 await waiting.turn
-        except TimeoutError:
-            raise MemoryBusyError(self.held, self.limit) from None
-        except asyncio.CancelledError:
+        except (TimeoutError, asyncio.CancelledError) as error:
             if waiting.turn.done() and not waiting.turn.cancelled() and not waiting.turn.exception():
+                # Its turn came in the same moment.
                 account.give_back(size)
+            if isinstance(error, TimeoutError):
+                raise MemoryBusyError(self.held, self.limit) from None
             raise
         finally:
             with suppress(ValueError):
