@@ -337,3 +337,14 @@ def test_few_connections_to_one_host_are_open_at_once(server: Server) -> None:
 
     assert len(asyncio.run(run())) == 100
     assert server.most_connections <= fetch_module.HOST_CONNECTIONS
+
+
+def test_the_resolver_is_closed_with_the_fetcher(server: Server) -> None:
+    closed: list[bool] = []
+
+    class ClosingResolver(FixedResolver):
+        async def close(self) -> None:
+            closed.append(True)
+
+    fetch(f"{server.url}/image", resolver=ClosingResolver("127.0.0.1"))
+    assert closed == [True]

@@ -1,41 +1,39 @@
 """Errors about media: each names the part of the request, such as `messages[0].content[1]`, and what to change."""
 
-import asyncio
 import re
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextvars import ContextVar, copy_context
-from functools import partial
+from contextvars import ContextVar
 from http import HTTPStatus
 from itertools import chain, islice
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from vllm.exceptions import GracefulHTTPError, VLLMError
 
+from worker import threads
 from worker.errors import MediaError
 from worker.media.checks import Kind
 from worker.media.parts import KEYS, Parts
 from worker.request.asgi import App, Message, Receive, Send
 from worker.telemetry.usage import current_usage
+from worker.threads import Result
 
 _TOO_MANY = re.compile(r"At most (\d+) (image|video|audio)")
 
 THREADS = 2
 """How many threads search and validate large bodies. More would not be faster: they share Python's lock."""
 
-T = TypeVar("T")
-
 
 class RequestBody:
     """The body of one request. It is parsed at most once, and only if an error must name a part of it."""
 
-    def __init__(self, threads: Executor) -> None:
+    def __init__(self, executor: Executor) -> None:
         self.pieces: list[bytes] = []
-        self._threads = threads
+        self._executor = executor
         self._lock = threading.Lock()
         self._parts: Parts | None = None
 
@@ -51,10 +49,9 @@ class RequestBody:
                 self._parts = Parts(b"".join(self.pieces))
             return self._parts
 
-    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def in_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
         """Call `work` in a thread for large bodies, with the caller's context."""
-        call = partial(copy_context().run, work, *arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await threads.call(self._executor, work, *arguments)
 
 
 current_body: ContextVar[RequestBody | None] = ContextVar("current_body", default=None)
@@ -71,10 +68,10 @@ class RejectedMediaError(GracefulHTTPError, ValueError):
 
 def keep_bodies(app: App) -> App:
     """Return `app` with the body of each request kept for error messages."""
-    threads = ThreadPoolExecutor(THREADS, "bodies")
+    executor = ThreadPoolExecutor(THREADS, "bodies")
 
     async def keeping(scope: Message, receive: Receive, send: Send) -> None:
-        body = RequestBody(threads)
+        body = RequestBody(executor)
 
         async def receive_and_keep() -> Message:
             message = await receive()

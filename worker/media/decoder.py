@@ -126,7 +126,16 @@ class Decoder:
         self._memory[: len(pixels)] = pixels
         return image.mode, image.mode, len(pixels)
 
-    # ---- Sounds
+    # ---- Sounds and videos
+
+    def _stream(self, size: int) -> tuple[bytes, str | None]:
+        """Check the structure of a sound or video file; return it and FFmpeg's demuxer for its format."""
+        data = self._file(size)
+        demuxer = DEMUXERS.get(str(media_type(data)))
+        if demuxer == "mov":
+            structure.check_mp4(data)
+        self._limit(2 * size + STREAM_BYTES)
+        return data, demuxer
 
     def decode_sound(
         self, size: int, rate: int | None, seconds: float | None, most_bytes: int | None
@@ -138,11 +147,7 @@ class Decoder:
         import av
         import numpy as np
 
-        data = self._file(size)
-        self._limit(2 * size + STREAM_BYTES)
-        demuxer = DEMUXERS.get(str(media_type(data)))
-        if demuxer == "mov":
-            structure.check_mp4(data)
+        data, demuxer = self._stream(size)
         sound = np.frombuffer(self._memory, np.float32, len(self._memory) // 4)
         most = sound.size if most_bytes is None else min(sound.size, most_bytes // 4)
         samples = 0
@@ -171,10 +176,7 @@ class Decoder:
         """Open a video; return whether it can be opened."""
         import cv2
 
-        data = self._file(size)
-        if DEMUXERS.get(str(media_type(data))) == "mov":
-            structure.check_mp4(data)
-        self._limit(2 * size + STREAM_BYTES)
+        data, _ = self._stream(size)
         # A new capture each time: calling `release()` crashes this version of OpenCV.
         options = [cv2.CAP_PROP_N_THREADS, THREADS]
         self._capture = cv2.VideoCapture(io.BytesIO(data), cv2.CAP_FFMPEG, options)  # type: ignore[call-overload]

@@ -168,8 +168,9 @@ class Fetcher:
         )
 
     async def aclose(self) -> None:
-        """Close the connections."""
+        """Close the connections and the resolver."""
         await self._session.close()
+        await self._resolver.close()
 
 
 async def _read_body(response: aiohttp.ClientResponse, limit: Limit, reserve: Reserve) -> bytes:

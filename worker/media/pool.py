@@ -11,15 +11,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from contextvars import copy_context
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any
 
-from worker import processes
+from worker import processes, threads
 from worker.errors import MediaBusyError, MediaError, MediaTooLargeError
 from worker.media.checks import Limit
+from worker.threads import Result
 
 START_SECONDS = 30.0
 LARGE_BYTES = 64 << 20
@@ -40,8 +39,6 @@ ENVIRONMENT = {
     "OPENCV_FFMPEG_CAPTURE_OPTIONS": "format_whitelist;mov,mp4,matroska,webm,avi,gif",
 }
 """The whole environment of the processes. The worker's own contains secrets."""
-
-Result = TypeVar("Result")
 
 DAMAGED = "it cannot be decoded: the file is truncated or damaged"
 
@@ -156,8 +153,7 @@ class Pool:
 
     async def in_thread(self, work: Callable[..., Result], *arguments: object) -> Result:
         """Call `work` in a thread for media, with the context of the caller."""
-        call = partial(copy_context().run, work, *arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        return await threads.call(self._threads, work, *arguments)
 
     @asynccontextmanager
     async def process(self, request: object, *, is_long: bool = False) -> AsyncIterator[Process]:

@@ -26,7 +26,7 @@ class IncompleteResponseError(Exception):
 
 
 class ClientDisconnectedError(OSError):
-    """The client does not read its response any more. Starlette takes an OSError from `send` for a disconnect."""
+    """Nobody takes the response any more. Starlette takes an OSError from `send` for a disconnect."""
 
 
 def header(scope: Message, name: bytes) -> bytes:
