@@ -103,7 +103,7 @@ class Worker:
 
     def _open_compile_cache(self, describe: Callable[[], Json]) -> CompileCache | None:
         """Return the compile cache on the network volume, or None if it is not used."""
-        settings, volume = self.settings, Path(self.settings.base_path)
+        settings, volume = self.settings, self.settings.volume
         if settings.compile_cache == "off" or not volume.is_dir() or not (gpus := gpu.installed()):
             return None
         key = key_of({**describe(), "gpus": [device["name"] for device in gpus], "driver": gpu.driver()})

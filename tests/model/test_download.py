@@ -1,6 +1,7 @@
 """Downloads from a stand-in for the Hugging Face Hub: which files, and what each error says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from worker.settings import read
 
 DOWNLOAD = [sys.executable, "-m", "worker.model.download"]
 MODEL = repositories.model(read({"MODEL_NAME": "org/model"}))
+AS_OTHERS = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
+"""Runs a program without root's right to write to every folder."""
 
 
 @pytest.mark.parametrize("name", ["my model", "org/"])
@@ -42,6 +45,11 @@ def test_files_that_vllm_never_reads_are_not_downloaded(hub: Hub, tmp_path: Path
         pytest.param(["model.safetensors", "a.bin", "a.gguf", "a.pt"], ["model.safetensors"], id="safetensors"),
         pytest.param(["a.bin", "a.gguf", "a.pt"], ["a.bin"], id="pickled"),
         pytest.param(["model.safetensors", "consolidated.safetensors"], ["model.safetensors"], id="two copies"),
+        pytest.param(
+            ["model.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "params.json"],
+            ["consolidated.safetensors", "params.json"],
+            id="two copies, and Mistral's configuration",
+        ),
         pytest.param(["consolidated.safetensors"], ["consolidated.safetensors"], id="Mistral's format"),
     ],
 )
@@ -131,6 +139,43 @@ def test_a_killed_download_leaves_no_snapshot_that_looks_complete(hub: Hub, tmp_
     assert (code, snapshots.is_complete(Path(folder), MODEL)) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("foreign", "used"),
+    [
+        pytest.param([], "volume/huggingface-cache/hub", id="none"),
+        pytest.param(["volume/huggingface-cache"], "volume/vllm-worker-cache/hub", id="the cache of another worker"),
+        pytest.param(
+            ["volume/huggingface-cache/hub/models--org--model/blobs"], "volume/vllm-worker-cache/hub", id="one model"
+        ),
+        pytest.param(["volume"], "home/.cache/huggingface/hub", id="the volume"),
+        pytest.param(["volume", "home"], "tmp", id="everything but the temporary folder"),
+    ],
+)
+def test_a_cache_that_is_not_writable_is_replaced_by_another(
+    hub: Hub, tmp_path: Path, foreign: list[str], used: str
+) -> None:
+    hub.files = MODEL_FILES
+    for name in ("volume", "home", "tmp", *foreign):
+        (tmp_path / name).mkdir(exist_ok=True, parents=True)
+    for name in foreign:
+        (tmp_path / name).chmod(0o555)
+    environ = {
+        **hub_environment(hub.port, None),
+        "MODEL_NAME": "org/model",
+        "BASE_PATH": str(tmp_path / "volume"),
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "tmp"),
+    }
+    environ.pop("XDG_CACHE_HOME", None)
+    command = [*AS_OTHERS, *DOWNLOAD]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = Path(json.loads(done.stdout)["org/model"])
+    assert folder.is_relative_to(tmp_path / used)
+    assert snapshots.is_complete(folder, MODEL)
+    assert ("is not writable" in done.stderr) == bool(foreign)
+
+
 FULL_DISK = """
 import sys
 from pathlib import Path
@@ -147,7 +192,7 @@ def test_a_full_disk_is_reported_and_leaves_no_snapshot_that_looks_complete(hub:
     """Files are written to a device that is always full."""
     hub.files = MODEL_FILES
     done = run([sys.executable, "-c", FULL_DISK], hub.port, tmp_path, MODEL_NAME="org/model")
-    message = "org/model cannot be downloaded: No space left on device: the Hub's cache"
+    message = f"org/model cannot be downloaded: No space left on device: {tmp_path / 'hub'}"
     assert (done.returncode, json.loads(done.stdout)) == (1, {"error": message, "exit_code": 1})
     caches = snapshots.caches(read({"MODEL_NAME": "org/model", "HF_HOME": str(tmp_path)}))
     assert snapshots.find(MODEL, caches) is None

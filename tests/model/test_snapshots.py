@@ -209,14 +209,24 @@ def test_the_caches_to_search(tmp_path: Path) -> None:
         Path("/c"),
         Path("/h/hub"),
         tmp_path / "huggingface-cache/hub",
+        tmp_path / "vllm-worker-cache/hub",
     ]
 
 
 @pytest.mark.parametrize(
-    ("variables", "folder"),
-    [({}, "huggingface-cache/hub"), ({"HF_HOME": "/h"}, None), ({"DOWNLOAD_DIR": "/d"}, "/d")],
+    ("variables", "folders"),
+    [
+        pytest.param({}, ["huggingface-cache/hub", "vllm-worker-cache/hub", "~"], id="volume"),
+        pytest.param({"HF_HOME": "/h"}, ["/h/hub", "huggingface-cache/hub", "vllm-worker-cache/hub"], id="HF_HOME"),
+        pytest.param(
+            {"DOWNLOAD_DIR": "/d"}, ["/d", "huggingface-cache/hub", "vllm-worker-cache/hub", "~"], id="DOWNLOAD_DIR"
+        ),
+        pytest.param({"BASE_PATH": "/no/such"}, ["~"], id="no volume"),
+    ],
 )
-def test_the_folder_to_download_to(tmp_path: Path, variables: dict[str, str], folder: str | None) -> None:
+def test_the_folders_to_download_to(tmp_path: Path, variables: dict[str, str], folders: list[str]) -> None:
     settings = read({"BASE_PATH": str(tmp_path), **variables})
-    assert snapshots.download_folder(settings) == (None if folder is None else tmp_path / folder)
-    assert snapshots.download_folder(read({"BASE_PATH": "/no/such"})) is None
+    home = Path("~/.cache/huggingface/hub").expanduser()
+    expected = [home if folder == "~" else tmp_path / folder for folder in folders]
+    assert snapshots.download_folders(settings) == expected
+    assert set(expected) <= set(snapshots.caches(settings))

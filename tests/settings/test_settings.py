@@ -22,6 +22,7 @@ def test_the_workers_own_settings() -> None:
         pytest.param({"WORKER_MODE": "queue"}, 250, id="queue"),
         pytest.param({"WORKER_MODE": "http"}, 512, id="HTTP"),
         pytest.param({"WORKER_MODE": "queue", "MAX_CONCURRENCY": "300"}, 300, id="set"),
+        pytest.param({"WORKER_MODE": "queue", "MAX_CONCURRENCY": "1000"}, 512, id="more than a worker accepts"),
     ],
 )
 def test_the_most_requests_at_once(environ: dict[str, str], expected: int) -> None:
@@ -32,7 +33,7 @@ def test_the_most_requests_at_once(environ: dict[str, str], expected: int) -> No
 
 def test_mistakes_in_the_workers_own_settings() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        read({"MAX_CONCURRENCY": "0", "ALLOW_CONTROL_ROUTES": "perhaps", "LOG_LEVEL": "loud"})
+        read({"MAX_CONCURRENCY": "-1", "ALLOW_CONTROL_ROUTES": "perhaps", "LOG_LEVEL": "loud"})
     lines = str(caught.value).splitlines()
     assert [line.partition("=")[0] for line in lines] == ["MAX_CONCURRENCY", "ALLOW_CONTROL_ROUTES", "LOG_LEVEL"]
 
@@ -88,7 +89,12 @@ def test_settings_are_frozen() -> None:
         pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?"}, "queue", (), id="RunPod's queue"),
         pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "PORT": "1"}, "queue", (), id="queue and port"),
         pytest.param({"RUNPOD_WEBHOOK_GET_JOB": "http://x?", "WORKER_MODE": "HTTP"}, "http", (8000,), id="WORKER_MODE"),
-        pytest.param({"RUNPOD_POD_ID": "p", "WORKER_MODE": "http"}, "http", (80,), id="on RunPod"),
+        pytest.param({"RUNPOD_ENDPOINT_ID": "e", "RUNPOD_POD_ID": "p"}, "http", (80,), id="load balancer"),
+        pytest.param({"RUNPOD_POD_ID": "p"}, "http", (8000,), id="pod"),
+        pytest.param({"RUNPOD_POD_ID": "p", "PORT": "9000"}, "http", (9000,), id="pod with a port"),
+        pytest.param({"WORKER_IMAGE": "0.2.0"}, "http", (8000,), id="docker run"),
+        pytest.param({"WORKER_IMAGE": "0.2.0", "RUNPOD_WEBHOOK_GET_JOB": "http://x?"}, "queue", (), id="image, queue"),
+        pytest.param({"WORKER_IMAGE": "0.2.0", "WORKER_MODE": "local"}, "local", (), id="one job in the image"),
         pytest.param({"PORT": "9000", "WORKER_MODE": "local"}, "local", (), id="local in spite of a port"),
         pytest.param({"WORKER_MODE": "queue", "METRICS_PORT": "9"}, "queue", (9,), id="queue with metrics"),
         pytest.param({"PORT": "1", "PORT_HEALTH": "2", "METRICS_PORT": "1"}, "http", (1, 2), id="the same port twice"),
@@ -97,6 +103,19 @@ def test_settings_are_frozen() -> None:
 def test_mode_and_ports(environ: dict[str, str], mode: str, ports: tuple[int, ...]) -> None:
     settings = read(environ)
     assert (settings.mode, settings.ports) == (mode, ports)
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        pytest.param({}, "/runpod-volume", id="own machine"),
+        pytest.param({"RUNPOD_POD_ID": "p"}, "/workspace", id="pod"),
+        pytest.param({"RUNPOD_POD_ID": "p", "RUNPOD_ENDPOINT_ID": "e"}, "/runpod-volume", id="serverless"),
+        pytest.param({"RUNPOD_POD_ID": "p", "BASE_PATH": "/data"}, "/data", id="BASE_PATH"),
+    ],
+)
+def test_where_the_volume_is(environ: dict[str, str], folder: str) -> None:
+    assert read(environ).volume == Path(folder)
 
 
 @pytest.mark.parametrize(

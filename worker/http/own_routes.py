@@ -47,6 +47,8 @@ class Info(BaseModel):
     """The body of `/info`."""
 
     version: str
+    image: str | None
+    """The version of the image; None outside of it."""
     model: str
     revision: str | None
     engine: dict[str, Any] | None
@@ -127,6 +129,7 @@ class OwnRoutes:
         """Return versions, model, limits, GPUs, settings and the duration of each phase of the start."""
         return Info(
             version=__version__,
+            image=self._settings.worker_image,
             model=str(redaction.public(self._settings.model_name)),
             revision=self._settings.model_revision,
             engine=self.engine,

@@ -8,6 +8,7 @@ import fnmatch
 import json
 import logging
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -33,7 +34,9 @@ log = logging.getLogger(__name__)
 NOT_NEEDED = ["*.msgpack", "*.h5", "*.ot", "*.onnx", "*.pth", "original/*", "*.md", ".gitattributes"]
 """Files that vLLM never loads."""
 REVISION_VARIABLES = {"MODEL_NAME": "MODEL_REVISION", "TOKENIZER": "TOKENIZER_REVISION"}
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""Errors of a folder that belongs to another user, is read-only, or is a file."""
 ATTEMPTS = 3
 SPARE_BYTES = 1 << 30
 """Disk space that stays free after a download."""
@@ -57,24 +60,43 @@ def main(names: Collection[str]) -> int:
 
 
 def download(repository: Repository, settings: Settings) -> Path:
-    """Download a repository, or the part of it that is needed; return its folder or file.
+    """Download a repository, or the part of it that is needed, to the first writable cache; return its folder or file.
 
     Raises:
         ConfigurationError: the name, the revision or the token is wrong.
-        StartupError: the Hub cannot be reached, or the disk is full.
+        StartupError: the Hub cannot be reached, the disk is full, or no cache is writable.
     """
+    for cache in snapshots.download_folders(settings):
+        try:
+            return _download_to(cache, repository, settings)
+        except _NotWritableError as error:
+            log.warning("The model cache %s is not writable (%s). The worker uses another folder", cache, error)
+    try:
+        return _download_to(Path(tempfile.mkdtemp(prefix="model-")), repository, settings)
+    except (_NotWritableError, OSError) as error:
+        raise StartupError(f"No folder for {repository.name} is writable ({error}). Set DOWNLOAD_DIR to one.") from None
+
+
+class _NotWritableError(Exception):
+    """Why a cache is not writable."""
+
+
+def _download_to(cache: Path, repository: Repository, settings: Settings) -> Path:
+    """Download a repository to a cache. Try again after errors that may pass."""
     backoff = Backoff(first=1.0, most=10.0)
     attempts_left = ATTEMPTS
     while True:
         attempts_left -= 1
         try:
-            return _download(repository, settings)
+            return _download(cache, repository, settings)
         except (ValueError, OSError, httpx2.HTTPError) as error:
             cause = error.__cause__ if isinstance(error, errors.DryRunError) and error.__cause__ else error
             if message := _permanent(cause, repository):
                 raise ConfigurationError(message) from None
+            if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE:
+                raise _NotWritableError(f"{cause.strerror}: {cause.filename}") from error
             if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
-                place = cause.filename or snapshots.download_folder(settings) or "the Hub's cache"
+                place = cause.filename or cache
                 raise StartupError(f"{repository.name} cannot be downloaded: {cause.strerror}: {place}") from error
             if not attempts_left:
                 raise StartupError(
@@ -85,21 +107,22 @@ def download(repository: Repository, settings: Settings) -> Path:
             time.sleep(backoff.next())
 
 
-def _download(repository: Repository, settings: Settings) -> Path:
+def _download(cache: Path, repository: Repository, settings: Settings) -> Path:
     path = repository.path
     fetch = partial(
         snapshot_download,
         repository.name,
         revision=repository.revision,
         token=settings.hf_token,
-        cache_dir=snapshots.download_folder(settings),
+        cache_dir=cache,
         allow_patterns=None if path is None else path if repository.is_file else f"{path}/*",
     )
     files: Any = fetch(dry_run=True, ignore_patterns=NOT_NEEDED)
     if not files:
         place = f"nothing at {path!r}" if path else "no files"
         raise ConfigurationError(f"{_setting(repository)}: the repository has {place}. Correct the name or the path.")
-    ignored = _ignored({file.filename for file in files}, repository)
+    config_format = settings.variables.values.get("CONFIG_FORMAT", "auto")
+    ignored = _ignored({file.filename for file in files}, repository, config_format)
     needed = filter_repo_objects(files, ignore_patterns=ignored, key=lambda file: file.filename)
     missing = sum(file.file_size for file in needed if file.will_download)
     snapshot = Path(files[0].local_path).parents[len(Path(files[0].filename).parts) - 1]
@@ -114,16 +137,18 @@ def _download(repository: Repository, settings: Settings) -> Path:
     return folder
 
 
-def _ignored(names: Collection[str], repository: Repository) -> list[str]:
-    """Return patterns of the files not to download, given the names of all files."""
+def _ignored(names: Collection[str], repository: Repository, config_format: str) -> list[str]:
+    """Return patterns of the files not to download, given the names of all files and vLLM's `--config-format`."""
     weights = weight_files(names) if repository.has_weights else []
     suffix = next((suffix for suffix in FORMATS if weights and weights[0].endswith(suffix)), None)
     if suffix == GGUF and not repository.is_file:
         raise ConfigurationError(f"{_setting(repository)} has only GGUF files. {NO_GGUF}")
     ignored = [*NOT_NEEDED, *(f"*{each}" for each in FORMATS if each != suffix)]
-    if fnmatch.filter(names, "model*.safetensors"):
-        # Mistral's second copy of the weights.
-        ignored.append("consolidated*")
+    if fnmatch.filter(names, "model*.safetensors") and fnmatch.filter(names, "consolidated*.safetensors"):
+        # Mistral's repositories have two copies of the weights. vLLM loads the one in Mistral's format if it has its
+        # configuration too (vllm/transformers_utils/config.py).
+        is_mistrals = "params.json" in names and config_format != "hf"
+        ignored.append("model*.safetensors*" if is_mistrals else "consolidated*")
     return ignored
 
 

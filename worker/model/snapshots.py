@@ -16,6 +16,8 @@ BAKED = Path("/models")
 """Where the image's build puts a model."""
 HUB_FOLDER = Path("huggingface-cache/hub")
 """RunPod's cache of models on a network volume."""
+OWN_FOLDER = Path("vllm-worker-cache/hub")
+"""The cache on a volume whose `HUB_FOLDER` belongs to another user."""
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
@@ -23,18 +25,18 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 def caches(settings: Settings) -> list[Path]:
     """Return the folders with the layout of the Hub's cache that may hold the model, the fastest first."""
     download_dirs = [Path(settings.download_dir)] if settings.download_dir else []
-    volume = Path(settings.base_path) / HUB_FOLDER
-    return list(dict.fromkeys((BAKED, *download_dirs, *settings.libraries.hub_caches, volume)))
+    hub_caches = settings.libraries.hub_caches
+    volume = (settings.volume / HUB_FOLDER, settings.volume / OWN_FOLDER)
+    return list(dict.fromkeys((BAKED, *download_dirs, *hub_caches, *volume)))
 
 
-def download_folder(settings: Settings) -> Path | None:
-    """Return the cache to download to. None: the default of the Hub's library."""
-    if settings.download_dir:
-        return Path(settings.download_dir)
-    volume = Path(settings.base_path)
-    if volume.is_dir() and not settings.libraries.chosen_cache:
-        return volume / HUB_FOLDER
-    return None
+def download_folders(settings: Settings) -> list[Path]:
+    """Return the caches to download to. The first writable one is used; all are among `caches`."""
+    download_dirs = [Path(settings.download_dir)] if settings.download_dir else []
+    hub_cache = settings.libraries.hub_caches[0]
+    chosen = [hub_cache] if settings.libraries.chosen_cache else []
+    volume = [settings.volume / HUB_FOLDER, settings.volume / OWN_FOLDER] if settings.volume.is_dir() else []
+    return list(dict.fromkeys((*download_dirs, *chosen, *volume, hub_cache)))
 
 
 def find(repository: Repository, roots: Iterable[Path]) -> Path | None:

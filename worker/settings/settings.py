@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -15,10 +16,11 @@ from worker.settings.libraries import Libraries
 from worker.settings.sources import DEFAULT_MODEL, Variables
 
 MAX_CONCURRENCY = 512
+"""The most requests at once that a worker accepts, whatever `MAX_CONCURRENCY` says."""
 QUEUE_CONCURRENCY = 250
 MINIMAL = (
-    "MODEL_NAME", "WORKER_MODE", "RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_POD_ID", "PORT", "PORT_HEALTH", "METRICS_PORT",
-    "WORKER_API_KEY", "STARTUP_FAILURE", "LOG_FORMAT",
+    "MODEL_NAME", "WORKER_MODE", "RUNPOD_WEBHOOK_GET_JOB", "RUNPOD_ENDPOINT_ID", "RUNPOD_POD_ID", "WORKER_IMAGE",
+    "HOST", "PORT", "PORT_HEALTH", "METRICS_PORT", "WORKER_API_KEY", "STARTUP_FAILURE", "LOG_FORMAT",
 )  # fmt: skip
 """The variables that are needed to report to callers that the other ones are wrong."""
 
@@ -38,10 +40,12 @@ class Settings(BaseModel):
     """The branch, tag or commit of the model on the Hugging Face Hub."""
     model_subfolder: str | None = None
     """The folder within the repository that holds the model, if it is not the root."""
-    base_path: str = "/runpod-volume"
-    """Where the network volume is mounted. Its model cache is searched, and models are downloaded to it."""
+    base_path: str | None = None
+    """Where the volume is mounted. Its model cache is searched, and models are downloaded to it. Default: `/workspace`
+    on a pod, `/runpod-volume` elsewhere."""
     download_dir: str | None = None
-    """The folder to download models to. Default: the volume's cache, or the folder that `HF_HOME` sets."""
+    """The folder to download models to. Default: the volume's cache, or the folder that `HF_HOME` sets. If it is not
+    writable, the worker uses another folder and logs a warning."""
     hf_token: str | None = None
     """The Hugging Face token for gated and private models."""
     compile_cache: Annotated[Literal["auto", "off"], Lowercase] = "auto"
@@ -50,9 +54,9 @@ class Settings(BaseModel):
     """The size limit of the compile cache on the network volume, in GB."""
     skip_fit_check: Boolean = False
     """Load the model even if the worker's estimate says that it does not fit into GPU memory."""
-    max_concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
-    """The most requests at once. Default: twice the engine's `max_num_seqs`, but at most 512 over HTTP, and 250 from
-    the queue."""
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """The most requests at once; more than 512 count as 512. Default: twice the engine's `max_num_seqs`, but at most
+    512 over HTTP, and 250 from the queue."""
     job_batch_size: int = Field(default=16, ge=1)
     """The most jobs that a worker asks the queue for at once. Up to twice as many are on their way into its engine."""
     delivery_timeout: float = Field(default=900.0, gt=0)
@@ -64,16 +68,19 @@ class Settings(BaseModel):
     stream_batch_ms: float = Field(default=25.0, ge=0)
     """Milliseconds that a stream from the queue collects tokens before it sends them: this long while few streams run,
     up to four times as long while many do. 0 sends each token at once."""
+    raw_stream_output: Boolean = False
+    """Send the streams of jobs with `messages`, `prompt` or `route` as SSE text, as worker-vllm does, instead of lists
+    of objects."""
     worker_mode: Annotated[Literal["auto", "queue", "http", "local"], Lowercase] = "auto"
-    """How requests arrive. `auto`: from RunPod's queue if RunPod set one up, over HTTP if `PORT` is set, else one
-    local job."""
+    """How requests arrive. `auto`: from RunPod's queue if RunPod set one up; else over HTTP on RunPod, in the image, or
+    if `PORT` is set; else one local job."""
     host: str = "0.0.0.0"  # noqa: S104 - inside a container
     """The address that the HTTP server listens on."""
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")
     """The names by which callers may address a worker that listens on a loopback address without `WORKER_API_KEY`:
     another name comes from a web page that attacks it."""
     port: int | None = Field(default=None, ge=1, le=65535)
-    """The port of the HTTP server. Default: 80 on RunPod, 8000 elsewhere."""
+    """The port of the HTTP server. Default: 80 on a load-balancing endpoint, 8000 elsewhere."""
     port_health: int | None = Field(default=None, ge=1, le=65535)
     """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode."""
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
@@ -143,8 +150,12 @@ class Settings(BaseModel):
     """More vLLM flags, written as on a command line. They come last and win."""
     runpod_webhook_get_job: str | None = None
     """The URL for taking jobs from the queue. Set by RunPod."""
+    runpod_endpoint_id: str | None = None
+    """The endpoint that the worker belongs to. Set by RunPod, but not on a pod."""
     runpod_pod_id: str | None = None
-    """The worker's name. Set by RunPod."""
+    """The id of the worker or the pod. Set by RunPod."""
+    worker_image: str | None = None
+    """The version of the image. Set by the image."""
     log_format: Annotated[Literal["json", "text"], Lowercase] = "json"
     """The format of all log lines: the worker's, vLLM's and the RunPod SDK's."""
     log_prompts: Boolean = False
@@ -199,12 +210,20 @@ class Settings(BaseModel):
         """How requests arrive."""
         if self.worker_mode != "auto":
             return self.worker_mode
-        return "queue" if self.runpod_webhook_get_job else "http" if self.port else "local"
+        if self.runpod_webhook_get_job:
+            return "queue"
+        return "http" if self.port or self.runpod_endpoint_id or self.runpod_pod_id or self.worker_image else "local"
+
+    @property
+    def volume(self) -> Path:
+        """Where the volume is mounted, if there is one."""
+        is_pod = self.runpod_pod_id and not self.runpod_endpoint_id
+        return Path(self.base_path or ("/workspace" if is_pod else "/runpod-volume"))
 
     @property
     def ports(self) -> tuple[int, ...]:
         """The ports to open in this mode; the HTTP server's own comes first."""
-        http = (self.port or (80 if self.runpod_pod_id else 8000)) if self.mode == "http" else None
+        http = (self.port or (80 if self.runpod_endpoint_id else 8000)) if self.mode == "http" else None
         return tuple(dict.fromkeys(port for port in (http, self.port_health, self.metrics_port) if port))
 
     @property
@@ -218,7 +237,7 @@ class Settings(BaseModel):
     def concurrency(self, capacity: int) -> int:
         """Return the most requests at once for an engine that runs `capacity` at once."""
         limit = QUEUE_CONCURRENCY if self.mode == "queue" else MAX_CONCURRENCY
-        return self.max_concurrency or min(2 * capacity, limit)
+        return min(self.max_concurrency or min(2 * capacity, limit), MAX_CONCURRENCY)
 
     @property
     def otlp_traces_endpoint(self) -> str | None:
