@@ -15,58 +15,76 @@ from worker.settings.sources import Variables
 
 SET_BY_WORKER = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
 """vLLM's arguments that the worker sets itself."""
+WITHOUT_SOURCES = {"VLLM_CONFIG_FILE": "", "PRESET": "none"}
+"""Variables that turn off the sources other than the environment."""
 
 Hide = Callable[[str], str]
 """Returns a text without the secrets in the settings."""
 
 
 def run(environ: Mapping[str, str], as_json: bool) -> int:
-    """Print the effective settings, or all mistakes in them; return the exit code.
+    """Print the effective settings, or all mistakes in them, and the warnings; return the exit code.
 
     Mistakes in the worker's own settings are printed at once. Importing vLLM, which checks its own, takes seconds.
     """
+    mistakes = []
     try:
         variables = sources.collect(environ)
     except ConfigurationError as error:
-        # It contains no secrets of the file: the file cannot be read, or the preset does not exist.
-        return _print_mistakes(str(error).splitlines(), as_json, redaction.remover(redaction.secrets_in(environ)))
-    hide = redaction.remover(variables.secrets)
+        # The file cannot be read, or the preset does not exist. The other settings are checked without them.
+        mistakes += str(error).splitlines()
+        variables = sources.collect({**environ, **WITHOUT_SOURCES})
+    hide = redaction.remover({*variables.secrets, *redaction.secrets_in(environ)})
     try:
         chosen = settings.from_variables(variables)
         environment.prepare(chosen)
         folders = weights.locate(chosen)
     except ConfigurationError as error:
-        return _print_mistakes(chain(str(error).splitlines(), _mistakes_in_flags(variables)), as_json, hide)
+        mistakes += str(error).splitlines()
+    if mistakes:
+        every = chain(mistakes, _mistakes_in_flags(variables))
+        return _print_mistakes(every, _warnings(settings.defaults(variables)), as_json, hide)
     from worker.engine import arguments
 
     try:
         args = arguments.parse_arguments(chosen)
         arguments.place(args, chosen, {name: folder for name, folder in folders.items() if folder})
     except ConfigurationError as error:
-        return _print_mistakes(str(error).splitlines(), as_json, hide)
-    engine = arguments.changed(args)
+        return _print_mistakes(str(error).splitlines(), _warnings(chosen), as_json, hide)
+    _print_settings(chosen, arguments.changed(args), map(hide, _warnings(chosen)), as_json)
+    return 0
+
+
+def _print_settings(chosen: Settings, engine: Json, warnings: Iterable[str], as_json: bool) -> None:
     rows, command = _rows(chosen, engine), _command(chosen, engine)
-    warnings = [hide(warning) for warning in (*variables.warnings, *arguments.remarks(chosen))]
     if as_json:
         listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
-        result = {"ok": True, "settings": listed, "command": command, "warnings": warnings}
+        result = {"ok": True, "settings": listed, "command": command, "warnings": list(warnings)}
         sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
     else:
         sys.stdout.write(_table([(name, _text(value), source) for name, value, source in rows]))
         sys.stdout.write(f"\nEquivalent command:\n{command}\n")
-        sys.stdout.write("".join(f"\nWarning: {warning}" for warning in warnings) + "\n")
-    return 0
+        sys.stdout.write("".join(f"\nWarning: {warning}\n" for warning in warnings))
 
 
-def _print_mistakes(mistakes: Iterable[str], as_json: bool, hide: Hide) -> int:
-    """Print mistakes, as text one by one while they are found; return the exit code."""
+def _print_mistakes(mistakes: Iterable[str], warnings: Iterable[str], as_json: bool, hide: Hide) -> int:
+    """Print mistakes, as text one by one while they are found, and then the warnings; return the exit code."""
     if as_json:
-        sys.stdout.write(json.dumps({"ok": False, "mistakes": list(map(hide, mistakes))}, indent=1) + "\n")
-    else:
-        for mistake in map(hide, mistakes):
-            sys.stdout.write(f"{mistake}\n")
-            sys.stdout.flush()
+        result = {"ok": False, "mistakes": list(map(hide, mistakes)), "warnings": list(map(hide, warnings))}
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return ConfigurationError.exit_code
+    for line in chain(map(hide, mistakes), (f"\nWarning: {hide(warning)}" for warning in warnings)):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
     return ConfigurationError.exit_code
+
+
+def _warnings(chosen: Settings) -> Iterator[str]:
+    """Yield the warnings about old, misspelt and ineffective variables."""
+    yield from chosen.variables.warnings
+    from worker.engine import arguments
+
+    yield from arguments.remarks(chosen)
 
 
 def _mistakes_in_flags(variables: Variables) -> Iterator[str]:

@@ -52,11 +52,38 @@ def test_a_misspelt_name_causes_a_warning(report: dict[str, Any]) -> None:
 def test_all_mistakes_are_reported_at_once() -> None:
     code, text = check(MAX_MODEL_LEN="long", DTYPE="bf17")
     assert (code, len(text.splitlines())) == (2, 2)
-    code, text = check("--json", MAX_CONCURRENCY="0", PORT="x", DTYPE="bf17")
+    code, text = check("--json", MAX_CONCURRENCY="-1", PORT="x", DTYPE="bf17")
     assert (code, [line.split("=")[0] for line in json.loads(text)["mistakes"]]) == (
         2,
         ["MAX_CONCURRENCY", "PORT", "DTYPE"],
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("PORT", "x", id="a setting of the worker"),
+        pytest.param("DTYPE", "bf17", id="a flag of vLLM"),
+        pytest.param("VLLM_CONFIG_FILE", "/no/such/file", id="a file that cannot be read"),
+        pytest.param("PRESET", "nope", id="no such preset"),
+    ],
+)
+def test_warnings_are_printed_beside_mistakes(name: str, value: str) -> None:
+    others = {"MAX_MODEL_LENGTH": "3", "SWAP_SPACE": "4", "MODEL_NAME": "tests/models/tiny-vlm"}
+    code, text = check("--json", **others, **{name: value})
+    report = json.loads(text)
+    assert (code, report["ok"]) == (2, False)
+    assert [line.partition("=")[0] for line in report["mistakes"]] == [name]
+    assert [line.partition(" ")[0] for line in report["warnings"]] == ["SWAP_SPACE", "MAX_MODEL_LENGTH"]
+    if name == "PORT":
+        code, text = check(**others, PORT=value)
+        assert text.splitlines()[0].startswith("PORT='x'")
+        assert "\nWarning: MAX_MODEL_LENGTH is not a setting. Did you mean MAX_MODEL_LEN?\n" in text
+
+
+def test_the_other_mistakes_are_reported_if_a_source_cannot_be_read() -> None:
+    _, text = check("--json", PRESET="nope", PORT="x", DTYPE="bf17", MODEL_NAME="tests/models/tiny-vlm")
+    assert [line.split("=")[0] for line in json.loads(text)["mistakes"]] == ["PRESET", "PORT", "DTYPE"]
 
 
 def test_mistakes_that_do_not_need_vllm_are_reported_before_it_is_imported(tmp_path: Path) -> None:
@@ -67,11 +94,11 @@ def test_mistakes_that_do_not_need_vllm_are_reported_before_it_is_imported(tmp_p
         "import sys; sys.meta_path.insert(0, type('', (), {'find_spec': lambda name, *_: sys.exit(7) if name == 'vllm' "
         "else None})); from worker import check; check.run({'%s': '%s'}, False)"
     )
-    for name, value, code in (("PORT", "x", 7), ("VLLM_CONFIG_FILE", str(file), 0), ("PRESET", "nope", 0)):
+    for name, value in (("PORT", "x"), ("VLLM_CONFIG_FILE", str(file)), ("PRESET", "nope")):
         done = subprocess.run(
             [sys.executable, "-c", program % (name, value)], cwd=ROOT, capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stdout.split("=")[0]) == (code, name)
+        assert (done.returncode, done.stdout.split("=")[0]) == (7, name)
 
 
 def test_flags_of_vllms_own_server_cause_a_warning() -> None:
@@ -79,3 +106,17 @@ def test_flags_of_vllms_own_server_cause_a_warning() -> None:
     assert code == 0
     assert [line.split(" ")[0] for line in json.loads(text)["warnings"]] == ["api_key", "host"]
     assert "s3cret" not in text
+
+
+def test_flags_of_the_server_in_the_environment_cause_a_warning_and_the_workers_own_do_not() -> None:
+    variables = {
+        "SSL_KEYFILE": "/key",
+        "UVICORN_LOG_LEVEL": "debug",
+        "MIDDLEWARE": "a.b",
+        "ENABLE_SSL_REFRESH": "false",
+    }
+    own = {"HOST": "0.0.0.0", "PORT": "8000", "ALLOWED_ORIGINS": '["*"]', "API_KEY": "s3cret"}
+    code, text = check("--json", MODEL_NAME="tests/models/tiny-vlm", **variables, **own)
+    assert code == 0
+    told = [line.split(" ")[0] for line in json.loads(text)["warnings"]]
+    assert told == ["MIDDLEWARE", "SSL_KEYFILE", "UVICORN_LOG_LEVEL"]

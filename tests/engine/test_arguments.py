@@ -11,7 +11,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from tests.support import tiny
 from tests.support.tiny import MODEL
 from worker import settings
-from worker.engine import parse_arguments, place
+from worker.engine import parse_arguments, place, remarks
 from worker.engine.arguments import SERVER_FLAGS, _Parser, changed
 from worker.errors import ConfigurationError
 from worker.settings import flags, sources
@@ -94,7 +94,10 @@ def test_vllm_accepts_every_preset(preset: dict[str, Any]) -> None:
     args = parse(**preset_settings)
     for name, value in preset_settings.items():
         if name.lower() in args and name.lower() != "limit_mm_per_prompt":
-            assert str(args[name.lower()]).lower() == value.lower(), name
+            accepted = args[name.lower()]
+            assert (
+                accepted == json.loads(value) if isinstance(accepted, dict) else str(accepted).lower() == value.lower()
+            ), name
 
 
 def test_the_name_of_each_repository_is_replaced_by_its_folder(tmp_path: Path) -> None:
@@ -159,6 +162,33 @@ def test_log_prompts_turns_vllms_request_log_on_and_vllm_checks_no_keys() -> Non
     assert args["api_key"] == [""]
 
 
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        pytest.param({"ENABLE_LOG_REQUESTS": "true"}, ["ENABLE_LOG_REQUESTS"], id="variable"),
+        pytest.param({"ENABLE_LOG_OUTPUTS": "true"}, ["ENABLE_LOG_OUTPUTS"], id="without the flag that it needs"),
+        pytest.param({"VLLM_EXTRA_ARGS": "--enable-log-outputs"}, ["enable_log_outputs"], id="flag"),
+        pytest.param({"ENABLE_LOG_REQUESTS": "false", "ENABLE_LOG_OUTPUTS": "0"}, [], id="off"),
+        pytest.param({"ENABLE_LOG_REQUESTS": "true", "LOG_PROMPTS": "true"}, [], id="allowed"),
+    ],
+)
+def test_prompts_are_logged_only_with_log_prompts(environ: dict[str, str], told: list[str]) -> None:
+    worker_settings = settings.read({"MODEL_NAME": "org/tiny", **environ})
+    args = parse_arguments(worker_settings)
+    assert (args.enable_log_requests, args.enable_log_outputs) == (worker_settings.log_prompts,) * 2
+    assert [warning.split(" ")[0] for warning in remarks(worker_settings)] == told
+
+
+def test_flags_of_vllms_server_have_no_effect_in_extra_arguments_either() -> None:
+    args = parse(VLLM_EXTRA_ARGS="--middleware no.such.module --root-path /x --enable-request-id-headers --uds /x")
+    assert (args["middleware"], args["root_path"], args["enable_request_id_headers"], args["uds"]) == (
+        [],
+        None,
+        False,
+        None,
+    )
+
+
 def test_changed_arguments_contain_no_secrets_and_no_defaults() -> None:
     environ = {"MAX_MODEL_LEN": "2048", "VLLM_EXTRA_ARGS": "--hf-token s3cret", "LIMIT_MM_PER_PROMPT": '{"image": 4}'}
     values = changed(arguments(**environ))
@@ -185,7 +215,6 @@ def test_changed_arguments_contain_no_secrets_and_no_defaults() -> None:
         ),
         pytest.param({"REASONING_PARSER": "nope"}, "REASONING_PARSER='nope': no such parser", id="reasoning parser"),
         pytest.param({"CUSTOM_CHAT_TEMPLATE": "nofile.jinja"}, "nofile.jinja", id="chat template"),
-        pytest.param({"ENABLE_LOG_REQUESTS": "true"}, "Set LOG_PROMPTS=true", id="prompts in the log"),
         pytest.param({"VLLM_EXTRA_ARGS": "--nope 1"}, "unrecognized arguments: --nope", id="extra arguments"),
     ],
 )
@@ -193,3 +222,15 @@ def test_mistakes(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse(**environ)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "enabled"),
+    [
+        pytest.param({}, False, id="no parser"),
+        pytest.param({"TOOL_CALL_PARSER": "hermes"}, True, id="parser"),
+        pytest.param({"TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "false"}, False, id="turned off"),
+    ],
+)
+def test_a_tool_parser_turns_tool_calls_on(environ: dict[str, str], enabled: bool) -> None:
+    assert parse_arguments(settings.read({"MODEL_NAME": str(MODEL), **environ})).enable_auto_tool_choice == enabled

@@ -139,6 +139,74 @@ def test_the_other_input_formats_stream_lists_of_chunk_objects(job_input: Json) 
     assert all(lists)
 
 
+# ---- Jobs of worker-vllm: the shapes of src/handler.py of its newer releases, which docs/migration.md describes.
+
+COMPLETION: Json = {"prompt": "Once"}
+SAMPLING = {"temperature": 0.5}
+OF_WORKER_VLLM = [
+    pytest.param(
+        {"openai_route": "/v1/completions", "openai_input": COMPLETION}, "/v1/completions", COMPLETION, id="proxy"
+    ),
+    pytest.param({"openai_input": CHAT}, "/v1/chat/completions", CHAT, id="openai_input alone is a chat"),
+    pytest.param({"openai_route": "/v1/models", "openai_input": {}}, "/v1/models", None, id="proxy without a body"),
+    pytest.param({"route": "/v1/completions", "body": COMPLETION}, "/v1/completions", COMPLETION, id="route"),
+    pytest.param({"route": "/v1/models", "method": "get"}, "/v1/models", None, id="route with a method"),
+    pytest.param(
+        {**CHAT, "sampling_params": SAMPLING, "stream": False},
+        "/v1/chat/completions",
+        {**CHAT, **SAMPLING, "stream": False},
+        id="messages",
+    ),
+    pytest.param(
+        {**COMPLETION, "sampling_params": SAMPLING, "stream": False},
+        "/v1/completions",
+        {**COMPLETION, **SAMPLING, "stream": False},
+        id="prompt",
+    ),
+]
+"""Inputs, and the engine's route and body that worker-vllm makes of each."""
+STREAMS_OF_WORKER_VLLM = [
+    pytest.param({**CHAT, "stream": True}, id="messages"),
+    pytest.param({"prompt": "Hello", "stream": True}, id="prompt"),
+    pytest.param({"route": "/v1/chat/completions", "body": {**CHAT, "stream": True}}, id="route"),
+    pytest.param(openai(stream=True), id="proxy"),
+]
+"""Inputs for which worker-vllm yields the engine's SSE text."""
+RAW = Settings(raw_stream_output=True)
+
+
+@pytest.mark.parametrize("settings", [pytest.param(DEFAULTS, id="default"), pytest.param(RAW, id="raw")])
+@pytest.mark.parametrize(("job_input", "path", "body"), OF_WORKER_VLLM)
+def test_a_job_of_worker_vllm_gets_the_engines_response_as_its_only_output(
+    job_input: Json, path: str, body: Json | None, settings: Settings
+) -> None:
+    received: list[Any] = []
+
+    async def app(scope: Any, receive: Receive, send: Send) -> None:
+        content = (await receive())["body"]
+        received.extend([scope["method"], scope["path"], json.loads(content) if content else None])
+        await answer(b'{"object": "x", "choices": []}')(scope, receive, send)
+
+    assert outputs(app, job_input, settings) == [{"object": "x", "choices": []}]
+    assert received == ["GET" if body is None else "POST", path, body]
+
+
+@pytest.mark.parametrize("job_input", STREAMS_OF_WORKER_VLLM)
+def test_raw_streams_are_the_engines_text_as_worker_vllm_yields_it(job_input: Json) -> None:
+    data = b"".join(map(sse.event, CHUNKS)) + sse.DONE
+    texts = outputs(stream(data[:50], data[50:]), job_input, RAW)
+    assert all(isinstance(text, str) and text.endswith("\n\n") for text in texts)
+    assert "".join(map(str, texts)).encode() == data
+
+
+@pytest.mark.parametrize("job_input", STREAMS_OF_WORKER_VLLM[:3])
+def test_a_raw_stream_that_fails_ends_with_an_event_and_fails_the_job(job_input: Json) -> None:
+    """worker-vllm yields only the error, as an object with the key `error`, by which the SDK marks the job FAILED."""
+    event, failed = outputs(answer(json.dumps(ERROR).encode(), 400), job_input, RAW)
+    assert event == (sse.event(ERROR) + sse.DONE).decode()
+    assert error_of(failed) == ERROR["error"]
+
+
 @pytest.mark.parametrize("job_input", [pytest.param(openai(), id="openai"), pytest.param(CHAT, id="messages")])
 def test_an_error_of_the_engine_is_the_error_of_the_job(job_input: Json) -> None:
     (output,) = outputs(answer(json.dumps(ERROR).encode(), 400), job_input)

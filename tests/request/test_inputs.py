@@ -68,6 +68,8 @@ def text_part(text: str) -> dict[str, Any]:
             ApiCall("POST", "/v1/responses/resp_1/cancel", "", {}),
             id="route with a method",
         ),
+        pytest.param({"openai_input": {"messages": MESSAGES}}, chat(messages=MESSAGES), id="openai without a route"),
+        pytest.param({"route": "/v1/models", "method": "get"}, ApiCall("GET", "/v1/models", "", None), id="lower case"),
         pytest.param({"messages": MESSAGES}, chat(messages=MESSAGES), id="messages"),
         pytest.param(
             {"messages": MESSAGES, "stream": True, "model": "m", "tools": [], "max_tokens": 5},

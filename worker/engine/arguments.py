@@ -1,7 +1,7 @@
 """Turns the settings into vLLM's arguments, with vLLM's own parser and checks."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,12 +26,16 @@ from worker.model.fit import Plan
 from worker.settings import Settings, flags, legacy, sources
 
 CORS_FLAGS = {"allowed_origins", "allowed_methods", "allowed_headers", "allow_credentials"}
+LOG_FLAGS = ("enable_log_requests", "enable_log_outputs")
+"""Flags that write prompts and completions to the log. The worker sets them to `LOG_PROMPTS`."""
 SERVER_FLAGS = frozenset(
     cli_args.FrontendArgs.__dataclass_fields__.keys()
     - cli_args.BaseFrontendArgs.__dataclass_fields__.keys()
     - CORS_FLAGS
+    - {"enable_flash_late_interaction"}
 )
-"""Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, …"""
+"""Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, … The CORS flags configure
+vLLM's app, and `enable_flash_late_interaction` configures how it computes scores."""
 NOT_COMPILED = ("served_model_name", "api_key", "logging_config", "load_format", "gpu_memory_utilization")
 """Arguments that do not change the compiled code."""
 IMAGE_LIMIT = 100
@@ -56,7 +60,15 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
     words = _command_line(settings, parser)
     try:
         args: argparse.Namespace = parser.parse_args([f"--model={settings.model_name}", *words])
+        for name in SERVER_FLAGS:
+            # A flag in VLLM_EXTRA_ARGS has as little effect as a variable.
+            setattr(args, name, parser.get_default(name))
+        for name in LOG_FLAGS:
+            setattr(args, name, settings.log_prompts)
         args.served_model_name = args.served_model_name or [settings.model_name]
+        if args.tool_call_parser and "ENABLE_AUTO_TOOL_CHOICE" not in settings.variables.values:
+            # Without this flag, vLLM refuses requests with tools, in spite of the parser.
+            args.enable_auto_tool_choice = True
         configure_logging_from_args(args)
         cli_args.validate_parsed_serve_args(args)
         if args.tool_parser_plugin:
@@ -76,13 +88,7 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
     if args.reasoning_parser and args.reasoning_parser not in parsers:
         message = f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {', '.join(parsers)}"
         raise ConfigurationError(_without_values(message, settings))
-    if (args.enable_log_requests or args.enable_log_outputs) and not settings.log_prompts:
-        raise ConfigurationError(
-            "ENABLE_LOG_REQUESTS and ENABLE_LOG_OUTPUTS write prompts and completions to the log. Set LOG_PROMPTS=true "
-            "to allow this (it turns both on), or unset them."
-        )
     _set_media_limits(args, settings)
-    args.enable_log_requests = args.enable_log_outputs = settings.log_prompts
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
     # The worker checks keys itself. With None, vLLM would use a key from the environment.
     args.api_key = [""]
@@ -137,15 +143,22 @@ def remarks(settings: Settings) -> list[str]:
     """Return a warning for each variable that looks like a misspelt setting, and for each flag without effect."""
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
     own = {name.upper() for name in Settings.model_fields}
-    # In the environment, HOST and the like may belong to other programs.
-    origins = settings.variables.origins.items()
-    in_file = {name for name, origin in origins if origin != sources.ENVIRONMENT} - own - legacy.aliases().keys()
-    extra = parallelism.extra_flags(settings)
-    unused = sorted(name for name in SERVER_FLAGS if name.upper() in in_file or name in extra)
-    return [
-        *sources.near_misses(settings.variables, {*own, *(action.dest.upper() for action in parser._actions)}),
-        *(f"{name} has no effect: it configures vLLM's HTTP server, which the worker replaces." for name in unused),
-    ]
+    known = {*own, *(action.dest.upper() for action in parser._actions)}
+    return [*sources.near_misses(settings.variables, known), *_without_effect(settings, own | legacy.aliases().keys())]
+
+
+def _without_effect(settings: Settings, of_worker: set[str]) -> Iterator[str]:
+    """Yield a warning for each flag without effect that is set. The variables `of_worker` have another meaning."""
+    variables, extra = settings.variables, parallelism.extra_flags(settings)
+    reasons = dict.fromkeys(SERVER_FLAGS, "it configures vLLM's HTTP server, which the worker replaces")
+    if not flags.BOOLEANS.get(variables.values.get("LOG_PROMPTS", "").strip().lower()):
+        reasons |= dict.fromkeys(LOG_FLAGS, "only LOG_PROMPTS=true writes prompts and completions to the log")
+    for name, reason in sorted(reasons.items()):
+        variable = name.upper()
+        value = "off" if variable in of_worker else variables.values.get(variable, "off")
+        is_set = flags.BOOLEANS.get(value.strip().lower(), True)
+        if is_set or name in extra:
+            yield f"{variables.described(variable) if is_set else name} has no effect: {reason}."
 
 
 def compile_inputs(args: argparse.Namespace) -> Json:

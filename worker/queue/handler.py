@@ -33,12 +33,14 @@ class JobHandler:
         """Yield a job's output.
 
         Without streaming this is one value: the engine's body. With streaming it is SSE text for `openai_route`, and
-        lists of chunk objects for the other inputs. A job that failed ends with `{"error": JSON text}`, by which the
-        SDK marks it FAILED. A reader of SSE text gets an error event instead, because RunPod's proxy passes on nothing
-        but the stream.
+        lists of chunk objects for the other inputs, or SSE text with `RAW_STREAM_OUTPUT`. A job that failed ends with
+        `{"error": JSON text}`, by which the SDK marks it FAILED. A stream for `openai_route` ends with an error event
+        instead, because RunPod's proxy passes on nothing but the stream.
         """
         job_id, job_input = str(job.get("id")), JobInput(job.get("input"))
         form = job_input.stream_form
+        if form == "objects" and self._settings.raw_stream_output:
+            form = "text"
         try:
             with only_job_errors(job_id):
                 async with aclosing(self._outputs(job_id, job_input, form)) as outputs:
@@ -59,7 +61,7 @@ class JobHandler:
                 yield _value(response, await response.read_all())
                 return
             async for events in _events(response):
-                if form == "sse":
+                if form in ("sse", "text"):
                     for text in sse.texts(events):
                         yield text
                     continue
@@ -163,10 +165,11 @@ def _error(status: int, body: bytes, path: str) -> JobError:
 
 def _failure(error: JobError, form: StreamForm | None) -> list[Output]:
     """Return the last yields of a failed job."""
+    body = error.body()
+    # Anthropic's clients recognise an error by the event's name, OpenAI's by its data.
+    events = (sse.event(body, "error" if body.get("type") == "error" else None) + sse.DONE).decode()
     if form == "sse":
-        body = error.body()
-        # Anthropic's clients recognise an error by the event's name, OpenAI's by its data.
-        name = "error" if body.get("type") == "error" else None
-        return [(sse.event(body, name) + sse.DONE).decode()]
+        return [events]
     failed: Json = {"error": json.dumps(error.error(), ensure_ascii=False)}
-    return [[error.body()], failed] if form == "objects" else [failed]
+    last_in_stream: dict[StreamForm | None, list[Output]] = {"objects": [[body]], "text": [events]}
+    return [*last_in_stream.get(form, []), failed]

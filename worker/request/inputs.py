@@ -2,26 +2,30 @@
 
 The input has one of four shapes, each recognised by a key:
 
-- `openai_route`: from RunPod's `/openai` proxy; `openai_input` is the body.
+- `openai_route`: from RunPod's `/openai` proxy; `openai_input` is the body, by default of a chat.
 - `route`: any inference route; with `body` and `method`.
 - `messages`: a chat; other OpenAI fields stand beside it or in `sampling_params`.
 - `prompt`: a completion; or a chat about the `image`, `images`, `video` or `videos` beside it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from worker.errors import InvalidRequestError, Json, RouteNotFoundError
 from worker.media import url
 from worker.request.routes import OWN_ROUTES, ROUTES, Method, method_of
 
-StreamForm = Literal["sse", "objects"]
+StreamForm = Literal["sse", "text", "objects"]
+"""`sse`: SSE text for RunPod's proxy; `text`: the same for readers of `/stream`; `objects`: lists of chunk objects."""
 
 MEDIA_KEYS = {"image", "images", "video", "videos"}
 _ACCEPTED = "It must have one of 'messages', 'prompt', 'openai_route' or 'route'."
 _BOOLEAN = TypeAdapter(bool)
+_UPPER_CASE = BeforeValidator(lambda text: text.upper() if isinstance(text, str) else text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,11 @@ class JobInput:
 
     def __init__(self, value: object) -> None:
         self._value = value
-        self._shape = next((shape for shape in _SHAPES if isinstance(value, dict) and shape.key in value), None)
+        self._shape = next((shape for key, shape in _SHAPES.items() if isinstance(value, dict) and key in value), None)
 
     @property
     def stream_form(self) -> StreamForm | None:
-        """How to send the stream: as SSE text or as lists of objects; None: the caller asks for no stream."""
+        """How to send the stream; None: the caller asks for no stream."""
         shape = self._shape or _FieldsJob
         return shape.stream_form(self._value) if isinstance(self._value, dict) else None
 
@@ -67,7 +71,6 @@ class JobInput:
 
 class _Shape(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-    key: ClassVar[str]
 
     @classmethod
     def stream_form(cls, value: Any) -> StreamForm | None:
@@ -79,8 +82,7 @@ class _Shape(BaseModel):
 
 
 class _OpenAIJob(_Shape):
-    key = "openai_route"
-    openai_route: str
+    openai_route: str = "/v1/chat/completions"
     openai_input: Json | None = None
 
     @classmethod
@@ -92,10 +94,9 @@ class _OpenAIJob(_Shape):
 
 
 class _RouteJob(_Shape):
-    key = "route"
     route: str
     body: Json | None = None
-    method: Method | None = None
+    method: Annotated[Method | None, _UPPER_CASE] = None
 
     @classmethod
     def stream_form(cls, value: Any) -> StreamForm | None:
@@ -120,7 +121,6 @@ class _FieldsJob(_Shape):
 
 
 class _ChatJob(_FieldsJob):
-    key = "messages"
     messages: list[Json]
 
     def call(self) -> ApiCall:
@@ -134,7 +134,6 @@ class _ChatJob(_FieldsJob):
 
 
 class _PromptJob(_FieldsJob):
-    key = "prompt"
     prompt: str | list[Any]
     apply_chat_template: bool = False
     image: str | None = None
@@ -152,7 +151,16 @@ class _PromptJob(_FieldsJob):
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
 
 
-_SHAPES: tuple[type[_Shape], ...] = (_OpenAIJob, _RouteJob, _ChatJob, _PromptJob)
+_SHAPES: Mapping[str, type[_Shape]] = MappingProxyType(
+    {
+        "openai_route": _OpenAIJob,
+        "openai_input": _OpenAIJob,
+        "route": _RouteJob,
+        "messages": _ChatJob,
+        "prompt": _PromptJob,
+    }
+)
+"""The shapes by the key that tells them, in the order in which they are tried."""
 
 
 def _streams(body: object) -> bool:

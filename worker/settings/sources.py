@@ -16,7 +16,7 @@ import yaml
 
 from worker import redaction
 from worker.errors import ConfigurationError
-from worker.settings import legacy
+from worker.settings import flags, legacy
 
 ENVIRONMENT = "environment"
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
@@ -52,7 +52,7 @@ class Variables:
 
 
 def collect(environ: Mapping[str, str]) -> Variables:
-    """Collect the variables of all sources. Empty variables count as unset.
+    """Collect the variables of all sources. Those that `legacy.is_unset` describes count as unset.
 
     Raises:
         ConfigurationError: the file cannot be read, or the preset does not exist.
@@ -66,20 +66,25 @@ def collect(environ: Mapping[str, str]) -> Variables:
             if name not in values:
                 values[name], origins[name] = value, origin
 
-    def add_source(source: Mapping[str, str], origin: str) -> None:
+    def add_source(every: Mapping[str, str], origin: str) -> None:
+        source = {name: value for name, value in every.items() if not legacy.is_unset(name, value)}
         add(source, origin)
         # An old name in the environment wins over a new name in a file, so each source is renamed as a whole.
         for old_name, more in _renamed(source, warnings):
             add(more, old_name if origin == ENVIRONMENT else origin)
 
-    given = {name: value for name, value in environ.items() if value.strip()}
-    ignored = IN_FILES_ONLY if "NNODES" in given else IN_FILES_ONLY | CLUSTER_VARIABLES
-    add_source({name: value for name, value in given.items() if name not in ignored}, ENVIRONMENT)
+    is_cluster = not legacy.is_unset("NNODES", environ.get("NNODES", ""))
+    ignored = IN_FILES_ONLY if is_cluster else IN_FILES_ONLY | CLUSTER_VARIABLES
+    add_source({name: value for name, value in environ.items() if name not in ignored}, ENVIRONMENT)
     if path := values.get("VLLM_CONFIG_FILE"):
         add_source(_read_file(path), Path(redaction.public(path)).name)
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
     if (preset := _preset(values)) is not None:
-        add(preset["settings"], f"preset {preset['name']}")
+        # Without chunked prefill, vLLM needs batches as long as the context, which is its default then.
+        is_chunked = flags.BOOLEANS.get(values.get("ENABLE_CHUNKED_PREFILL", "").strip().lower()) is not False
+        omitted = () if is_chunked else ("MAX_NUM_BATCHED_TOKENS",)
+        kept = {name: value for name, value in preset["settings"].items() if name not in omitted}
+        add(kept, f"preset {preset['name']}")
     if OLD_MEDIA_LIMITS.fullmatch(limits := values.get("LIMIT_MM_PER_PROMPT", "")):
         pairs = (pair.split("=") for pair in limits.split(","))
         values["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})
@@ -87,14 +92,27 @@ def collect(environ: Mapping[str, str]) -> Variables:
 
 
 def _renamed(source: Mapping[str, str], warnings: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each old name in a source with the variables that replace it; add warnings for those without effect."""
+    """Yield each old name in a source with the variables that replace it; add a warning where the user should act."""
     warnings += [f"{name} has no effect: {why}." for name, why in legacy.without_effect().items() if name in source]
     for alias, name in legacy.aliases().items():
-        if alias in source:
+        if alias in source and source.get(name, source[alias]) != source[alias]:
+            warnings.append(f"{alias} has no effect: {name} is set.")
+        elif alias in source:
             yield alias, {name: source[alias]}
-    for name in source:
-        if name in legacy.TRANSLATED:
-            yield name, _translated(name, source[name], warnings)
+    for old, translation in legacy.translations(source):
+        names, is_one = ", ".join(old), len(old) == 1
+        try:
+            new = translation(old)
+            if taken := ", ".join(new.keys() & source.keys()):
+                raise ValueError(f"{taken} is set")
+        except ValueError as error:
+            warnings.append(f"{names} {'has' if is_one else 'have'} no effect: {error}.")
+            continue
+        settings = ", ".join(f"{name}={redaction.public(text, name)}" for name, text in new.items())
+        warnings.append(
+            f"{names} {'is an old name' if is_one else 'are old names'}. The worker uses {settings} instead."
+        )
+        yield names, new
 
 
 def presets() -> list[dict[str, Any]]:
@@ -146,15 +164,6 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _translated(name: str, value: str, warnings: list[str]) -> dict[str, str]:
-    if translated := legacy.TRANSLATED[name](value):
-        settings = ", ".join(f"{new}={redaction.public(text, new)}" for new, text in translated.items())
-        warnings.append(f"{name} is an old name. The worker uses {settings} instead.")
-    else:
-        warnings.append(f"{name}={redaction.public(value, name)!r} has no effect: this vLLM has no equivalent.")
-    return translated
 
 
 def near_misses(variables: Variables, known: Iterable[str]) -> list[str]:
