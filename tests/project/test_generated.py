@@ -1,105 +1,22 @@
-"""The files that are generated from the settings are current, and RunPod's Hub can read them."""
+"""The files that are generated from builder/form.yaml are current; the page of settings and .env.example are right."""
 
-import json
+import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
-import jsonschema
 import pytest
 
+from builder import generate
 from tests.support.tiny import ROOT
-from worker.request.inputs import JobInput
-from worker.settings import read, sources
+from worker.engine import parse_arguments
+from worker.settings import Settings, flags, read
 
-LISTINGS = [".runpod/hub.json", ".runpod/load-balancing/hub.json"]
-TEXT = {"type": "string", "minLength": 1}
-VALUE = {"type": ["string", "number", "boolean"]}
-INPUT = {
-    "type": "object",
-    "required": ["name", "type", "description"],
-    "additionalProperties": False,
-    "properties": {
-        "name": TEXT,
-        "type": {"enum": ["string", "number", "boolean", "huggingface"]},
-        "description": TEXT,
-        "default": VALUE,
-        "required": {"type": "boolean"},
-        "advanced": {"type": "boolean"},
-        "options": {
-            "type": "array",
-            "items": {"type": "object", "required": ["label", "value"], "properties": {"label": TEXT, "value": VALUE}},
-        },
-        "min": {"type": "number"},
-        "max": {"type": "number"},
-        "trueValue": VALUE,
-        "falseValue": VALUE,
-    },
-}
-VARIABLE = {
-    "type": "object",
-    "required": ["key"],
-    "oneOf": [{"required": ["value"]}, {"required": ["input"]}],
-    "properties": {"key": {"pattern": "^[A-Z][A-Z0-9_]*$"}, "value": {"type": "string"}, "input": INPUT},
-}
-VERSIONS = {"type": "array", "minItems": 1, "items": {"pattern": r"^\d+\.\d+$"}}
-HUB = {
-    "type": "object",
-    "required": ["title", "description", "type", "category", "iconUrl", "config"],
-    "additionalProperties": False,
-    "properties": {
-        "title": TEXT,
-        "description": TEXT,
-        "type": {"const": "serverless"},
-        "category": {"enum": ["audio", "embedding", "image", "language", "video"]},
-        "iconUrl": TEXT,
-        "config": {
-            "type": "object",
-            "required": ["runsOn", "containerDiskInGb", "gpuCount", "gpuIds", "env"],
-            "additionalProperties": False,
-            "properties": {
-                "runsOn": {"enum": ["GPU", "CPU"]},
-                "endpointType": {"const": "LB"},
-                "containerDiskInGb": {"type": "integer"},
-                "gpuCount": {"type": "integer"},
-                "gpuIds": TEXT,
-                "allowedCudaVersions": VERSIONS,
-                "presets": {
-                    "type": "array",
-                    "items": {"type": "object", "required": ["name", "defaults"], "properties": {"name": TEXT}},
-                },
-                "env": {"type": "array", "items": VARIABLE},
-            },
-        },
-    },
-}
-TESTS = {
-    "type": "object",
-    "required": ["tests", "config"],
-    "additionalProperties": False,
-    "properties": {
-        "tests": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["name", "input", "timeout"],
-                "additionalProperties": False,
-                "properties": {"name": TEXT, "input": {"type": "object"}, "timeout": {"type": "integer"}},
-            },
-        },
-        "config": {
-            "type": "object",
-            "required": ["gpuTypeId", "gpuCount", "env", "allowedCudaVersions"],
-            "properties": {"env": {"type": "array", "items": VARIABLE}, "allowedCudaVersions": VERSIONS},
-        },
-    },
-}
-
-
-def load(name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((ROOT / name).read_text())
-    return loaded
+PAGE = (ROOT / generate.PAGE).read_text()
+ROW = re.compile(r"\| `([A-Z_]+)` \| (.*?) \| (.*?) \| (.*) \|")
+ROWS = [pytest.param(*match.groups(), id=match[1]) for match in map(ROW.fullmatch, PAGE.splitlines()) if match]
+PYTHON = re.compile(r"<\w|\w\(\w*=|==SUPPRESS==|Enum\.|\bNone\b|set\(\)|True|False")
+"""What Python prints and people do not write."""
+EXAMPLE = (ROOT / ".env.example").read_text().splitlines()
 
 
 def test_generated_files_are_current() -> None:
@@ -108,36 +25,35 @@ def test_generated_files_are_current() -> None:
     assert process.returncode == 0, process.stdout
 
 
-@pytest.mark.parametrize("name", LISTINGS)
-def test_the_hub_can_read_a_listing(name: str) -> None:
-    listing = load(name)
-    jsonschema.validate(listing, HUB)
-    fields = {variable["key"]: variable.get("input", {}) for variable in listing["config"]["env"]}
-    assert len(fields) == len(listing["config"]["env"])
-    basic = [key for key, field in fields.items() if field and not field.get("advanced")]
-    assert len(basic) == 12
-    assert basic[0] == "MODEL_NAME"
-    # A default in the form would override the preset.
-    presets = {name for preset in sources.presets() for name in preset["settings"]}
-    assert not [key for key in presets if "default" in fields.get(key, {})]
-    assert all(preset["defaults"].keys() <= fields.keys() for preset in listing["config"]["presets"])
+def test_the_page_has_every_setting_of_the_worker() -> None:
+    listed = {row.id for row in ROWS}
+    set_by_the_platform = {name for name, text in generate._docstrings().items() if "Set by RunPod" in text}
+    set_by_the_platform |= {name for name, text in generate._docstrings().items() if "Set by the image" in text}
+    assert {name.upper() for name in Settings.model_fields} - listed == set_by_the_platform
 
 
-@pytest.mark.parametrize("preset", sources.presets(), ids=lambda preset: str(preset["name"]))
-def test_the_example_of_a_preset_matches_its_patterns(preset: dict[str, Any]) -> None:
-    origins = sources.collect({"MODEL_NAME": preset["example"]}).origins
-    assert all(origins[name] == f"preset {preset['name']}" for name in preset["settings"])
+@pytest.mark.parametrize(("name", "values", "default", "meaning"), ROWS)
+def test_a_setting_is_described_for_people(name: str, values: str, default: str, meaning: str) -> None:
+    assert all((values, default, meaning)), name
+    assert not PYTHON.search(f"{values} {default} {meaning}")
+    if value := re.fullmatch(r"`([^`]+)`( \([0-9,]+ million\))?", default):
+        settings = read({name: value[1]})
+        assert settings.model_dump() == read({}).model_dump()
+        # vLLM has a flag LOG_LEVEL of its own, without a default.
+        arguments, unset = vars(parse_arguments(settings)), vars(parse_arguments(read({})))
+        assert {**arguments, "log_level": ""} == {**unset, "log_level": ""}
 
 
-def test_the_worker_accepts_the_jobs_of_the_hubs_tests() -> None:
-    listing = load(".runpod/tests.json")
-    jsonschema.validate(listing, TESTS)
-    jobs = [JobInput(test["input"]) for test in listing["tests"]]
-    assert {job.call().path for job in jobs} == {"/v1/chat/completions"}
-    assert any(job.stream_form for job in jobs)
-    read({variable["key"]: variable["value"] for variable in listing["config"]["env"]})
+def test_the_example_environment_is_short_and_sets_no_setting() -> None:
+    assert len(EXAMPLE) <= 40
+    assert [line for line in EXAMPLE if line and not line.startswith("#")] == ["COMPOSE_PROFILES=gpu"]
 
 
-def test_the_example_environment_sets_nothing() -> None:
-    lines = Path(ROOT / ".env.example").read_text().splitlines()
-    assert all(line.startswith("#") or not line for line in lines)
+def test_the_settings_of_the_example_environment_are_valid() -> None:
+    lines = [line.removeprefix("# ") for line in EXAMPLE if line.startswith("#")]
+    values = dict(line.split("=", 1) for line in lines if re.match("[A-Z_]+=", line))
+    known = {name.upper() for name in Settings.model_fields} | generate._flags().keys() | {"VLLM_CONFIG_FILE"}
+    assert values.keys() <= known
+    assert next(iter(values)) == "WORKER_API_KEY"
+    assert flags.items(values["WORKER_API_KEY"])
+    parse_arguments(read({name: value.strip("'") for name, value in values.items()}))
