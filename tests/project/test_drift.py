@@ -14,7 +14,9 @@ from runpod.serverless import worker as sdk_worker
 from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_ping, rp_scale, worker_state
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.pooling.classify import api_router as classify
 from vllm.entrypoints.pooling.embed import api_router as embed
+from vllm.entrypoints.pooling.pooling import api_router as pooling
 from vllm.entrypoints.pooling.scoring import api_router as scoring
 from vllm.entrypoints.serve.exception_handling import utils as messages
 from vllm.entrypoints.serve.lora import api_router as lora
@@ -38,7 +40,10 @@ from worker.request import routes
 NOT_OFFERED = {"/v1/realtime", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 """Routes under /v1/ that a job cannot use (a websocket) or must not use (control)."""
 
-ROUTES_WITHOUT_MODEL = {"/v1/score", "/v1/rerank", "/v1/embeddings"}
+ROUTES_WITHOUT_MODEL = {
+    "/v1/embeddings", "/v2/embed", "/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank", "/classify",
+    "/pooling",
+}  # fmt: skip
 """Routes that vLLM's app has only for a pooling model. A separate test checks their routers."""
 
 REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
@@ -93,7 +98,8 @@ def test_the_inference_routes_are_those_of_vllm() -> None:
 
 
 def test_vllm_has_the_pooling_routes() -> None:
-    paths = {getattr(route, "path", "") for module in (embed, scoring) for route in module.router.routes}
+    modules = (embed, scoring, classify, pooling)
+    paths = {getattr(route, "path", "") for module in modules for route in module.router.routes}
     assert paths >= ROUTES_WITHOUT_MODEL
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from argparse import Namespace
+from collections.abc import Iterable
 from contextlib import aclosing, suppress
 from types import SimpleNamespace
 
@@ -34,6 +35,12 @@ SHUTDOWN_SECONDS = 1.0
 """The time for the engine process to end by itself. Only then does it leave no shared memory behind."""
 DECODERS = {"video": "cv2", "audio": "av"}
 """The library that decodes each kind of media; Pillow decodes images."""
+WARM_UPS: dict[str, tuple[str, Json]] = {
+    "generate": ("/v1/completions", {"prompt": "Hello", "max_tokens": 2}),
+    "embed": ("/v1/embeddings", {"input": "Hello"}),
+    "classify": ("/classify", {"input": "Hello"}),
+}
+"""The route and the body of a first request for each of vLLM's tasks."""
 BLACK_IMAGE = "data:image/webp;base64,UklGRiAAAABXRUJQVlA4TBQAAAAvP8APAAcQEf0PAAnh/3stov+pHw=="
 
 
@@ -103,8 +110,10 @@ class Engine:
         app = media_errors.keep_bodies(await self._build_app(guard))
         if self._media_limits:
             await guard.decoders.pool.prepare()
-        (await race.first(self._warm_up(app), self._fail_when_dead())).result()
-        self._later = asyncio.create_task(_generate_structured(app))
+        tasks = await self._client.get_supported_tasks()
+        (await race.first(self._warm_up(app, tasks), self._fail_when_dead())).result()
+        if "generate" in tasks:
+            self._later = asyncio.create_task(_generate_structured(app))
         return app
 
     def _guard(self, memory: Budget) -> Guard:
@@ -128,12 +137,14 @@ class Engine:
             winner.result()
         return app
 
-    async def _warm_up(self, app: App) -> None:
-        """Generate from a text and from an image, so that no job has to wait for work that is done only once."""
-        await _generate(app, "/v1/completions", {"prompt": "Hello"})
-        if self._media_limits.get("image"):
+    async def _warm_up(self, app: App, tasks: Iterable[str]) -> None:
+        """Answer a text and an image, so that no job has to wait for work that is done only once."""
+        for task in WARM_UPS.keys() & tasks:
+            await _answer(app, *WARM_UPS[task])
+        if "generate" in tasks and self._media_limits.get("image"):
             content = [{"type": "image_url", "image_url": {"url": BLACK_IMAGE}}]
-            await _generate(app, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+            await _answer(app, "/v1/chat/completions", body)
 
     async def _fail_when_dead(self) -> None:
         await self.died()
@@ -175,14 +186,14 @@ async def _run_lifespan(app: Starlette, entered: asyncio.Event, guard: Guard) ->
         await asyncio.Event().wait()
 
 
-async def _generate(app: App, path: str, body: Json) -> None:
-    data, headers = json.dumps({**body, "max_tokens": 2}).encode(), {"content-type": "application/json"}
+async def _answer(app: App, path: str, body: Json) -> None:
+    data, headers = json.dumps(body).encode(), {"content-type": "application/json"}
     async with exchange(app, Request("POST", path, headers=headers, body=data)) as response:
         answer = await response.read_all()
     if response.status >= 500:
         raise StartupError(f"The first generation failed: {answer.decode(errors='replace')[:1000]}")
     if response.status >= 400:
-        # Some models do not generate, or have no chat template.
+        # Some models have no chat template.
         log.info("No warm-up through %s: HTTP %d", path, response.status)
 
 
@@ -193,4 +204,5 @@ async def _generate_structured(app: App) -> None:
     another library, which then refuses most grammars of all later requests.
     """
     with suppress(StartupError):
-        await _generate(app, "/v1/completions", {"prompt": "Hello", "structured_outputs": {"choice": ["a"]}})
+        body = {"prompt": "Hello", "max_tokens": 2, "structured_outputs": {"choice": ["a"]}}
+        await _answer(app, "/v1/completions", body)
