@@ -5,6 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -161,3 +164,71 @@ def test_a_second_run_captions_the_remaining_images(base_url: str, pictures: Pat
     broken.write_bytes(media.picture("green"))
     assert "images: 2 have a caption, 1 do not" in run("caption_images.py", pictures, "--base-url", base_url).stderr
     assert captions(pictures)["more/broken.png"] == "The image is green."
+
+
+# ---- conversation.py
+
+
+class Balancer(ThreadingHTTPServer):
+    """Answers as RunPod's load balancer with one worker. It records the affinity and the messages of each request."""
+
+    daemon_threads = True
+    worker = "worker-7"
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Balanced)
+        self.affinities: list[str | None] = []
+        self.messages: list[list[str]] = []
+
+
+class Balanced(BaseHTTPRequestHandler):
+    server: Balancer
+
+    def do_GET(self) -> None:
+        self._answer({"object": "list", "data": [{"id": "tiny", "object": "model"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.affinities.append(self.headers["x-runpod-worker-id"])
+        self.server.messages.append([message["content"] for message in body["messages"]])
+        self._answer({"choices": [{"message": {"role": "assistant", "content": f"answer {len(body['messages'])}"}}]})
+
+    def _answer(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.send_header("x-runpod-worker-id", self.server.worker)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Do not log."""
+
+
+@pytest.fixture
+def balancer() -> Iterator[Balancer]:
+    with Balancer() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("affinity", "sent"),
+    [
+        pytest.param("soft", "worker-7", id="another worker may answer"),
+        pytest.param("strict", "strict worker-7", id="only the same worker may answer"),
+        pytest.param("strict-resume", "strict-resume worker-7", id="the same worker is resumed if it was stopped"),
+    ],
+)
+def test_a_conversation_stays_with_its_worker(balancer: Balancer, affinity: str, sent: str) -> None:
+    url = f"http://127.0.0.1:{balancer.server_port}/v1"
+    result = run("conversation.py", "one", "two", "three", "--base-url", url, "--affinity", affinity)
+    assert result.stdout == "worker-7: answer 1\nworker-7: answer 3\nworker-7: answer 5\n"
+    assert balancer.affinities == [None, sent, sent]
+    assert balancer.messages[-1] == ["one", "answer 1", "two", "answer 3", "three"]
+
+
+def test_a_conversation_works_without_a_load_balancer(base_url: str) -> None:
+    assert run("conversation.py", "Hello", "Hello", "--base-url", base_url).stdout.startswith(f"{GREETING}\n")

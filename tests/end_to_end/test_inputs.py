@@ -1,0 +1,161 @@
+"""docs/inputs.md: every request of the page gets the answer of the page."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import Endpoint, run_endpoint, run_http_worker
+from tests.support import audio_model, examples
+from tests.support.examples import Example
+from tests.support.links import Server
+from tests.support.tiny import ROOT
+
+PAGE = (ROOT / "docs/inputs.md").read_text()
+EXAMPLES = sorted(examples.read(PAGE), key=lambda example: (example.model, example.line))
+"""Sorted by model, so that each worker starts once."""
+EMBEDDING = {"RUNNER": "pooling", "CONVERT": "embed"}
+"""The settings by which the embedded model computes embeddings."""
+LINK = re.compile(r"https://example\.com/([a-z-]+)\.(png|mp4)")
+BEHAVIOURS = {"png": "picture", "mp4": "film"}
+TIMEOUT = 60
+
+
+class Workers:
+    """Endpoints by kind of model. The shared one answers for "chat"; of the others, one runs at a time."""
+
+    def __init__(self, request: pytest.FixtureRequest, folders: pytest.TempPathFactory) -> None:
+        self._request, self._folders = request, folders
+        self._running = ExitStack()
+        self._endpoints: dict[str, Endpoint] = {}
+
+    def endpoint(self, model: str) -> Endpoint:
+        """Return an endpoint whose worker has a model of this kind."""
+        if model == "chat":
+            endpoint: Endpoint = self._request.getfixturevalue("endpoint")
+            return endpoint
+        if model not in self._endpoints:
+            self.stop()
+            folder = self._folders.mktemp(model)
+            settings = EMBEDDING if model == "embedding" else audio_model.create(folder)
+            self._endpoints[model] = self._running.enter_context(run_endpoint(folder, **settings))
+        return self._endpoints[model]
+
+    def stop(self) -> None:
+        self._endpoints.clear()
+        self._running.close()
+
+
+@pytest.fixture(scope="module")
+def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    workers = Workers(request, tmp_path_factory)
+    yield workers
+    workers.stop()
+
+
+def prepared(text: str, links: Server) -> str:
+    """Return a text of the page with links to the tests' own server, and the name of the tests' models."""
+    text = LINK.sub(lambda link: f"{links.url}/{BEHAVIOURS[link[2]]}/{link[1]}", text)
+    return text.replace('"MODEL"', '"tiny"')
+
+
+def value_of(response: httpx.Response) -> Any:
+    """Return a response's JSON, or the data of its events."""
+    response.raise_for_status()
+    is_stream = response.headers["content-type"].startswith("text/event-stream")
+    return examples.events(response.text) if is_stream else response.json()
+
+
+def streamed(client: httpx.Client, job_id: str) -> Any:
+    """Return what all calls of `/stream/ID` return together."""
+    parts: list[Any] = []
+    while True:
+        answer = client.get(f"stream/{job_id}").json()
+        parts += answer["stream"]
+        if answer["status"] not in ("IN_QUEUE", "IN_PROGRESS"):
+            return {"status": answer["status"], "stream": parts}
+
+
+@pytest.mark.parametrize("example", [pytest.param(example, id=f"line {example.line}") for example in EXAMPLES])
+def test_a_request_gets_the_answer_of_the_page(workers: Workers, links: Server, example: Example) -> None:
+    with httpx.Client(base_url=workers.endpoint(example.model).url, timeout=TIMEOUT) as client:
+        body = json.loads(prepared(example.request, links))
+        real = {"": value_of(client.post(example.path, json=body))}
+        if example.path == "run":
+            real["stream"] = streamed(client, real[""]["id"])
+            result = client.get(f"status/{real['']['id']}").json()
+            assert result["output"] == [part["output"] for part in real["stream"]["stream"]]
+    assert example.answers
+    for way, answer in example.answers.items():
+        shown = json.loads(prepared(json.dumps(answer), links))
+        assert not list(examples.differences(examples.whole(shown), examples.whole(real[way])))
+
+
+def test_the_stream_of_a_failed_job_ends_with_the_error(workers: Workers) -> None:
+    with httpx.Client(base_url=workers.endpoint("chat").url, timeout=TIMEOUT) as client:
+        job = client.post("run", json={"input": {"prompt": "Hello", "model": "gpt-9", "stream": True}}).json()
+        answer = streamed(client, job["id"])
+        result = client.get(f"status/{job['id']}").json()
+    ((last,),) = (part["output"] for part in answer["stream"][-1:])
+    assert (answer["status"], result["status"]) == ("FAILED", "FAILED")
+    assert last["error"] == json.loads(result["error"])
+
+
+def test_a_sound_is_transcribed_over_http(tmp_path: Path) -> None:
+    settings = audio_model.create(tmp_path)
+    with run_http_worker(tmp_path, **settings) as worker, worker.client() as client:
+        form = {"file": ("speech.wav", audio_model.silence(), "audio/wav")}
+        answer = client.post("/v1/audio/transcriptions", files=form, data={"max_completion_tokens": "5"})
+    assert answer.status_code == 200, answer.text
+    assert isinstance(answer.json()["text"], str)
+
+
+def test_the_page_has_an_example_for_each_kind_of_input() -> None:
+    assert {example.model for example in EXAMPLES} == {"chat", "embedding", "audio"}
+    assert {example.path for example in EXAMPLES} == {"runsync", "run", "openai/v1/chat/completions"}
+    for word in ("image_url", "video_url", "audio_url", "tools", "response_format", "/v1/embeddings", "/v1/rerank"):
+        assert any(word in example.request for example in EXAMPLES), word
+
+
+@pytest.mark.parametrize(
+    ("shown", "real"),
+    [
+        pytest.param({"a": 1}, {"b": 1}, id="a missing key"),
+        pytest.param({"a": 1}, {"a": 2}, id="another number"),
+        pytest.param({"a": 1}, {"a": "1"}, id="text instead of a number"),
+        pytest.param({"a": 0.5}, {"a": "0.5"}, id="text instead of a fraction"),
+        pytest.param({"a": None}, {"a": False}, id="false instead of null"),
+        pytest.param(["x"], ["x", "y"], id="a longer list"),
+        pytest.param(["x", "y", "…"], ["x"], id="a list shorter than the part shown"),
+        pytest.param("Hello…", "Goodbye", id="another text"),
+        pytest.param({"a": {"b": [{"c": "x"}]}}, {"a": {"b": [{"c": "y"}]}}, id="a difference deep inside"),
+        pytest.param({"created": 1}, {"created": "now"}, id="a time that is text"),
+    ],
+)
+def test_a_different_answer_is_noticed(shown: Any, real: Any) -> None:
+    assert len(list(examples.differences(shown, real))) == 1
+
+
+def test_a_shortened_answer_matches() -> None:
+    shown = {"id": "sync-…", "list": [1, "…"], "score": 0.3, "created": 1}
+    assert not list(
+        examples.differences(shown, {"id": "sync-7", "list": [1, 2], "score": 0.4, "created": 2, "more": 1})
+    )
+
+
+def test_chunks_may_be_cut_anywhere() -> None:
+    def chunk(text: str, **fields: Any) -> Any:
+        return {"choices": [{"index": 0, "delta": {"content": text}, **fields}]}
+
+    one = examples.whole({"output": [[chunk("Hello", finish_reason="stop")]]})
+    assert one == examples.whole({"output": [[chunk("He")], [chunk("l"), chunk("lo", finish_reason="stop")]]})
+
+
+def test_an_unmarked_json_example_is_refused() -> None:
+    with pytest.raises(ValueError, match="line 1: "):
+        examples.read("```json\n{}\n```\n")
