@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from worker.errors import InvalidRequestError, JobError, RouteNotFoundError
+from worker.errors import InvalidRequestError, JobError, MethodNotAllowedError, RouteNotFoundError
 from worker.request.inputs import ApiCall, JobInput
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -195,6 +195,18 @@ CONTROL_ROUTES = [
     "/docs",
     "",
 ]
+
+
+@pytest.mark.parametrize(
+    ("route", "method", "expected"), [("/health", "POST", "GET"), ("/v1/embeddings", "GET", "POST")]
+)
+def test_another_method_than_the_routes_is_refused(route: str, method: str, expected: str) -> None:
+    with pytest.raises(MethodNotAllowedError, match=f"'{route}' does not accept {method}. Use {expected}."):
+        JobInput({"route": route, "method": method}).call()
+
+
+def test_an_empty_body_does_not_change_the_method_of_the_workers_routes() -> None:
+    assert JobInput({"route": "/health", "body": {}}).call().method == "GET"
 
 
 @pytest.mark.parametrize("route", CONTROL_ROUTES)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from worker.errors import InvalidRequestError, Json, RouteNotFoundError
+from worker.errors import InvalidRequestError, Json, MethodNotAllowedError, RouteNotFoundError
 from worker.media import url
 from worker.request.routes import OWN_ROUTES, ROUTES, Method, method_of
 
@@ -57,6 +57,7 @@ class JobInput:
         Raises:
             InvalidRequestError: the input has no accepted shape; the message names the field and what is accepted.
             RouteNotFoundError: the route is not offered.
+            MethodNotAllowedError: the route has another method.
         """
         if self._shape is None:
             raise InvalidRequestError(f"{_described(self._value)} {_ACCEPTED}")
@@ -64,8 +65,11 @@ class JobInput:
             call = self._shape.model_validate(self._value).call()
         except ValidationError as error:
             raise _explained(error, self._shape) from None
-        if not control_routes and method_of(call.path) is None and call.path not in OWN_ROUTES:
+        expected = _method_of(call.path)
+        if expected is None and not control_routes:
             raise RouteNotFoundError(call.path, ROUTES)
+        if expected not in (None, call.method):
+            raise MethodNotAllowedError(call.method, expected, call.path)
         return call
 
 
@@ -190,9 +194,14 @@ def _explained(error: ValidationError, shape: type[_Shape]) -> InvalidRequestErr
     return InvalidRequestError(f"Wrong field {path!r} in the job's input: {what}", param=path)
 
 
+def _method_of(path: str) -> Method | None:
+    """Return the method of an inference route or of one of the worker's own; None for others."""
+    return "GET" if path in OWN_ROUTES else method_of(path)
+
+
 def _route_call(route: str, body: Json | None, method: Method | None = None) -> ApiCall:
     path, _, query = f"/{route.lstrip('/')}".partition("?")
-    method = method or method_of(path) or ("GET" if body is None else "POST")
+    method = method or _method_of(path) or ("GET" if body is None else "POST")
     # With an empty body, the engine's error names the missing field. Without a body it is about the content type.
     return ApiCall(method, path, query, body if body is not None or method == "GET" else {})
 
