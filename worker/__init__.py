@@ -1,3 +1,3 @@
 """Any vLLM model on RunPod: jobs and HTTP requests answered by an engine in this process."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -234,3 +234,11 @@ def test_mistakes(environ: dict[str, str], message: str) -> None:
 )
 def test_a_tool_parser_turns_tool_calls_on(environ: dict[str, str], enabled: bool) -> None:
     assert parse_arguments(settings.read({"MODEL_NAME": str(MODEL), **environ})).enable_auto_tool_choice == enabled
+
+
+def test_code_that_may_change_causes_a_warning() -> None:
+    code = {"MODEL_NAME": "org/model", "TRUST_REMOTE_CODE": "true"}
+    (warning,) = remarks(settings.read(code))
+    assert "MODEL_REVISION and CODE_REVISION" in warning
+    assert not remarks(settings.read({**code, "MODEL_REVISION": "c" * 40, "CODE_REVISION": "c" * 40}))
+    assert not remarks(settings.read({**code, "MODEL_NAME": str(MODEL)}))

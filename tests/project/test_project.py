@@ -109,6 +109,9 @@ def test_versions_and_licenses_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+    pages = [ROOT / "README.md", ROOT / "compose.yaml", *(ROOT / "docs").glob("*.md")]
+    images = {tag for page in pages for tag in re.findall(r"/runpod-vllm-worker:([\w.]+)", page.read_text())}
+    assert images - {"VERSION"} == {__version__}
 
 
 def test_dependabot_watches_folders_that_exist() -> None:

@@ -140,11 +140,25 @@ def place(args: argparse.Namespace, settings: Settings, folders: Mapping[str, Pa
 
 
 def remarks(settings: Settings) -> list[str]:
-    """Return a warning for each variable that looks like a misspelt setting, and for each flag without effect."""
+    """Return a warning for each variable that looks misspelt, for each flag without effect, and for unpinned code."""
     parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
     own = {name.upper() for name in Settings.model_fields}
     known = {*own, *(action.dest.upper() for action in parser._actions)}
-    return [*sources.near_misses(settings.variables, known), *_without_effect(settings, own | legacy.aliases().keys())]
+    return [
+        *sources.near_misses(settings.variables, known),
+        *_without_effect(settings, own | legacy.aliases().keys()),
+        *_unpinned_code(settings),
+    ]
+
+
+def _unpinned_code(settings: Settings) -> Iterator[str]:
+    values = settings.variables.values
+    is_trusted = flags.BOOLEANS.get(values.get("TRUST_REMOTE_CODE", "").strip().lower())
+    if is_trusted and "CODE_REVISION" not in values and not Path(settings.model_name).is_dir():
+        yield (
+            "TRUST_REMOTE_CODE runs code from the Hugging Face Hub that its authors can change at any time. Set "
+            "MODEL_REVISION and CODE_REVISION to a commit that you have read."
+        )
 
 
 def _without_effect(settings: Settings, of_worker: set[str]) -> Iterator[str]:
