@@ -10,7 +10,7 @@ UNIT := $(addprefix tests/,settings request telemetry media model http queue) $(
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check model clean
+.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check image-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -126,6 +126,9 @@ generated: setup ## Check that the generated files are current
 
 release-check: setup ## Run all checks before a release and print a table; RELEASE="check test" for some of them
 	@$(BIN)/python builder/release_check.py $(RELEASE)
+
+image-check: ## Build both images, run them in many ways, and print a table; needs docker or podman, or root on Debian
+	@builder/image_check.sh
 
 model: setup ## Retrain the embedded model; the result must be identical
 	@$(BIN)/python tests/models/train_tiny_vlm.py

@@ -22,6 +22,7 @@ CHECKS: dict[str, list[str]] = {
     "conformance 0.30.0": ["make", "conformance", "VLLM=0.30.0"],
     "clients": ["make", "clients"],
     "monitoring": ["make", "monitoring"],
+    "image": ["make", "image-check"],
     "audit": ["make", "audit"],
     "outage": ["env", "OUTAGE_SECONDS=150", ".venv/bin/python", "-m", "pytest", "tests/platform/test_bad_days.py"],
     **{
