@@ -18,7 +18,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 from tests.support import tiny
 from worker.engine.grammars import MAX_BYTES, BoundedGrammar, Grammars
 
-CPU_SECONDS = 5
+CPU_SECONDS = 3
 STRING = {"type": "string"}
 ANY_NUMBER_OF_X = "".join(f"r{each} ::= r{each + 1} r{each + 1} | r{each + 1}\n" for each in range(30))
 

@@ -157,18 +157,22 @@ def test_images_are_decoded_as_vllm_does(data: bytes) -> None:
         assert decoded.is_converted == (expected.io_config is not None)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_an_honest_large_image_fits_into_its_memory(kind: str, mode: str) -> None:
+KINDS_OF_MODES = {
+    "RGB": ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"),
+    "RGBA": ("PNG", "WEBP", "GIF", "TIFF", "AVIF"),
+    "P": ("PNG", "GIF", "BMP", "TIFF"),
+}
+
+
+@pytest.mark.parametrize(("mode", "kind"), [(mode, kind) for mode, kinds in KINDS_OF_MODES.items() for kind in kinds])
+def test_an_honest_large_image_fits_into_its_memory(mode: str, kind: str) -> None:
     """Its process may use a fixed number of bytes for each pixel that the header claims."""
     noise = np.random.default_rng(1).integers(0, 256, (1500, 2000, 4), dtype=np.uint8)
     image = Image.fromarray(noise, "RGBA")
     if mode == "P":
-        image = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    if mode == "RGB" or kind in ("JPEG", "BMP"):
-        image = image.convert("RGB")
+        image = image.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     options = {"transparency": 1} if (kind, mode) == ("PNG", "P") else {"speed": 10} if kind == "AVIF" else {}
-    data = saved(image.convert("RGBA") if kind in ("AVIF", "WEBP") and mode == "P" else image, kind, **options)
+    data = saved(image.convert("RGB") if mode == "RGB" else image, kind, **options)
 
     async def decode(case: Case) -> int:
         decoded = await case.image(data)

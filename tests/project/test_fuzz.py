@@ -24,7 +24,7 @@ from worker.media.decoders import Look, SoundForm
 from worker.request import shape
 
 CORPUS = sorted((Path(__file__).parents[1] / "fuzz" / "corpus").iterdir())
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "4000"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 IS_LONG = "FUZZ_EXAMPLES" in os.environ
 without_limit: Any = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 each_time_the_same: Any = {"derandomize": not IS_LONG, **without_limit}
