@@ -15,9 +15,7 @@ WORKDIR /worker
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ gcc libgl1 libglib2.0-0 libnuma1 util-linux \
  && rm -rf /var/lib/apt/lists/*
-RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin worker \
- && install --directory --owner=worker --group=worker /data \
- && { command -v python || ln -s "$(command -v python3)" /usr/local/bin/python; }
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin worker
 COPY builder/requirements-cpu.txt builder/
 RUN python3 -m pip install --no-cache-dir --no-deps --requirement builder/requirements-cpu.txt
 COPY builder/inspect_models.py builder/

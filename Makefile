@@ -118,7 +118,7 @@ lock: setup ## Update the pinned versions in builder/requirements-cpu.txt
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet \
 	  --override builder/overrides.txt --output-file $(LOCK) builder/requirements-cpu.in
 
-generate: setup ## Regenerate the files that list the settings: RunPod's Hub listings, docs/configuration.md, .env.example
+generate: setup ## Regenerate the files that list the settings: the Hub's form and docs/configuration.md
 	@$(BIN)/python builder/generate.py 2>/dev/null
 
 generated: setup ## Check that the generated files are current

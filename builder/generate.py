@@ -74,8 +74,6 @@ def _field(name: str, entry: Json) -> Json:
     match kind:
         case "huggingface":
             field["default"] = Settings().model_name
-        case "boolean":
-            field |= {"default": False, "trueValue": "true", "falseValue": "false"}
         case "number":
             field |= {"default": 0, "min": entry.get("min", 0), "max": entry["max"]}
         case _:
@@ -125,7 +123,8 @@ def _unset(name: str, entry: Json) -> str:
         return str(entry["unset"]).replace("{default}", default)
     if described := DEFAULT.search(_docstrings().get(name, "")):
         return described[1]
-    millions = f" ({int(default[:-6]):,} million)" if default.endswith("000000") else ""
+    unit = "MB" if name.endswith("_BYTES") else "million"
+    millions = f" ({int(default[:-6]):,} {unit})" if default.endswith("000000") else ""
     return f"`{default}`{millions}" if default else "none"
 
 

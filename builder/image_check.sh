@@ -9,12 +9,14 @@
 #   BUILD_OPTIONS, RUN_OPTIONS         more options, such as --ulimit where the engine may not set its defaults
 #   IMAGES="cpu gpu"                   the images to check
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 CONTAINER=worker-image-check
 CPU=localhost/worker:check-cpu
 GPU=localhost/worker:check-gpu
 STAND_IN=localhost/vllm-openai:stand-in
+BASE=docker.io/library/python:3.12-slim
+made_base=
 READY_SECONDS=300
 WORK=$(mktemp -d)
 # The embedded model, for the GPU image, which contains none.
@@ -25,8 +27,10 @@ TINY=(-v "$PWD/tests/models/tiny-vlm:/tiny:ro" -e MODEL_NAME=/tiny -e SERVED_MOD
 main() {
   trap clean EXIT
   find_engine
-  [ -n "$($ENGINE images -q python:3.12-slim)" ] || $ENGINE pull -q python:3.12-slim >/dev/null 2>&1 ||
+  if ! [ -n "$($ENGINE images -q python:3.12-slim)" ] && ! $ENGINE pull -q python:3.12-slim >/dev/null 2>&1; then
+    made_base=$BASE
     row "base made with debootstrap" make_base || return
+  fi
   row "cpu: build" build "$CPU" --target cpu || return
   for name in ${IMAGES:-cpu gpu}; do
     image=$CPU settings=()
@@ -92,8 +96,9 @@ make_base() {
   # This machine's certificates, and permission to install packages without a virtual environment.
   cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
   rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
+  ln -s python3 "$root/usr/bin/python"
   tar -C "$root" -c . |
-    $ENGINE import --change "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" - docker.io/library/python:3.12-slim
+    $ENGINE import --change "ENV PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" - "$BASE"
 }
 
 # Makes an image like vLLM's: vLLM in the system's Python, another entry point, neither `python` nor the added packages.
@@ -204,7 +209,8 @@ volume() {
 
 clean() {
   $ENGINE rm --force "$CONTAINER" >/dev/null 2>&1
-  $ENGINE rmi --force "$CPU" "$GPU" "$STAND_IN" >/dev/null 2>&1
+  # Debian's Python under the name of another image must not stay.
+  $ENGINE rmi --force "$CPU" "$GPU" "$STAND_IN" $made_base >/dev/null 2>&1
   printf '\n%s, Linux %s\n' "$($ENGINE --version)" "$(uname -r)"
   cat "$WORK/table"
   local code=0

@@ -118,5 +118,5 @@ def test_flags_of_the_server_in_the_environment_cause_a_warning_and_the_workers_
     own = {"HOST": "0.0.0.0", "PORT": "8000", "ALLOWED_ORIGINS": '["*"]', "API_KEY": "s3cret"}
     code, text = check("--json", MODEL_NAME="tests/models/tiny-vlm", **variables, **own)
     assert code == 0
-    told = [line.split(" ")[0] for line in json.loads(text)["warnings"]]
-    assert told == ["MIDDLEWARE", "SSL_KEYFILE", "UVICORN_LOG_LEVEL"]
+    reported = [line.split(" ")[0] for line in json.loads(text)["warnings"]]
+    assert reported == ["MIDDLEWARE", "SSL_KEYFILE", "UVICORN_LOG_LEVEL"]

@@ -163,7 +163,7 @@ def test_log_prompts_turns_vllms_request_log_on_and_vllm_checks_no_keys() -> Non
 
 
 @pytest.mark.parametrize(
-    ("environ", "told"),
+    ("environ", "reported"),
     [
         pytest.param({"ENABLE_LOG_REQUESTS": "true"}, ["ENABLE_LOG_REQUESTS"], id="variable"),
         pytest.param({"ENABLE_LOG_OUTPUTS": "true"}, ["ENABLE_LOG_OUTPUTS"], id="without the flag that it needs"),
@@ -172,11 +172,11 @@ def test_log_prompts_turns_vllms_request_log_on_and_vllm_checks_no_keys() -> Non
         pytest.param({"ENABLE_LOG_REQUESTS": "true", "LOG_PROMPTS": "true"}, [], id="allowed"),
     ],
 )
-def test_prompts_are_logged_only_with_log_prompts(environ: dict[str, str], told: list[str]) -> None:
+def test_prompts_are_logged_only_with_log_prompts(environ: dict[str, str], reported: list[str]) -> None:
     worker_settings = settings.read({"MODEL_NAME": "org/tiny", **environ})
     args = parse_arguments(worker_settings)
     assert (args.enable_log_requests, args.enable_log_outputs) == (worker_settings.log_prompts,) * 2
-    assert [warning.split(" ")[0] for warning in remarks(worker_settings)] == told
+    assert [warning.split(" ")[0] for warning in remarks(worker_settings)] == reported
 
 
 def test_flags_of_vllms_server_have_no_effect_in_extra_arguments_either() -> None:
@@ -230,15 +230,26 @@ def test_mistakes(environ: dict[str, str], message: str) -> None:
         pytest.param({}, False, id="no parser"),
         pytest.param({"TOOL_CALL_PARSER": "hermes"}, True, id="parser"),
         pytest.param({"TOOL_CALL_PARSER": "hermes", "ENABLE_AUTO_TOOL_CHOICE": "false"}, False, id="turned off"),
+        pytest.param(
+            {"TOOL_CALL_PARSER": "hermes", "VLLM_EXTRA_ARGS": "--no-enable-auto-tool-choice"}, False, id="flag"
+        ),
     ],
 )
 def test_a_tool_parser_turns_tool_calls_on(environ: dict[str, str], enabled: bool) -> None:
     assert parse_arguments(settings.read({"MODEL_NAME": str(MODEL), **environ})).enable_auto_tool_choice == enabled
 
 
+def test_adapters_turn_lora_on() -> None:
+    adapters = {"MODEL_NAME": str(MODEL), "LORA_MODULES": "a=org/a"}
+    assert parse_arguments(settings.read(adapters)).enable_lora
+    assert not parse_arguments(settings.read({**adapters, "ENABLE_LORA": "false"})).enable_lora
+
+
 def test_code_that_may_change_causes_a_warning() -> None:
     code = {"MODEL_NAME": "org/model", "TRUST_REMOTE_CODE": "true"}
-    (warning,) = remarks(settings.read(code))
-    assert "MODEL_REVISION and CODE_REVISION" in warning
-    assert not remarks(settings.read({**code, "MODEL_REVISION": "c" * 40, "CODE_REVISION": "c" * 40}))
+    for changing in (code, {**code, "MODEL_REVISION": "main", "CODE_REVISION": "c" * 40}):
+        (warning,) = remarks(settings.read(changing))
+        assert "MODEL_REVISION" in warning
+    assert remarks(settings.read({"MODEL_NAME": "org/model", "VLLM_EXTRA_ARGS": "--trust-remote-code"}))
+    assert not remarks(settings.read({**code, "MODEL_REVISION": "c" * 40}))
     assert not remarks(settings.read({**code, "MODEL_NAME": str(MODEL)}))

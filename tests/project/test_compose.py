@@ -92,7 +92,8 @@ def test_workers_and_their_scraper_get_the_key(name: str) -> None:
 
 
 def test_the_image_is_that_of_this_release() -> None:
-    assert SERVICES["worker"]["image"] == f"ghcr.io/OWNER/runpod-vllm-worker:{__version__}"
+    name = SERVICES["worker"]["image"].replace("${IMAGE:-runpod-vllm-worker}", "runpod-vllm-worker")
+    assert name == f"runpod-vllm-worker:{__version__}"
 
 
 def test_prometheus_scrapes_every_worker() -> None:

@@ -35,8 +35,6 @@ POOLS_GB = {"ADA_24": 24, "AMPERE_48": 48, "ADA_48_PRO": 48}
 OVERHEAD_GB = 1.5
 USABLE = 0.9
 """The share of a GPU's memory that the examples may need."""
-NEEDS = {"ENABLE_AUTO_TOOL_CHOICE": {"TOOL_CALL_PARSER": "hermes"}}
-"""Fields that need another one."""
 
 TEXT = {"type": "string", "minLength": 1}
 VALUE = {"type": ["string", "number", "boolean"]}
@@ -176,7 +174,7 @@ def test_every_value_that_the_form_offers_is_accepted(name: str) -> None:
     entry = next(group[name] for group in FORM["groups"].values() if name in group)
     offered += [entry[key] for key in ("example",) if key in entry]
     for value in offered:
-        outcome({name: text(value), **NEEDS.get(name, {})})
+        outcome({name: text(value)})
 
 
 @pytest.mark.parametrize("preset", [preset["name"] for preset in sources.presets()])

@@ -109,14 +109,14 @@ def test_versions_and_licenses_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
-    pages = [ROOT / "README.md", ROOT / "compose.yaml", *(ROOT / "docs").glob("*.md")]
-    images = {tag for page in pages for tag in re.findall(r"/runpod-vllm-worker:([\w.]+)", page.read_text())}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    images = {tag for page in pages for tag in re.findall(r"/(?:runpod-)?vllm-worker:([\w.]+)", page.read_text())}
     assert images - {"VERSION"} == {__version__}
 
 
 def test_dependabot_watches_folders_that_exist() -> None:
     updates = read(GITHUB / "dependabot.yml")["updates"]
-    assert {update["package-ecosystem"] for update in updates} == {"pip", "github-actions", "docker"}
+    assert {update["package-ecosystem"] for update in updates} == {"pip", "github-actions", "docker", "docker-compose"}
     assert all((ROOT / update["directory"].lstrip("/")).is_dir() for update in updates)
 
 

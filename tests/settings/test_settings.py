@@ -106,6 +106,23 @@ def test_mode_and_ports(environ: dict[str, str], mode: str, ports: tuple[int, ..
 
 
 @pytest.mark.parametrize(
+    ("environ", "variable"),
+    [
+        pytest.param({"RUNPOD_POD_ID": "p"}, "WORKER_API_KEY", id="a pod that everybody can use"),
+        pytest.param({"MAX_CONCURRENCY": "1000"}, "MAX_CONCURRENCY=1000", id="more requests than a worker accepts"),
+    ],
+)
+def test_settings_that_may_be_a_mistake_cause_a_warning(environ: dict[str, str], variable: str) -> None:
+    (warning,) = read(environ).variables.warnings
+    assert warning.startswith(variable)
+
+
+@pytest.mark.parametrize("more", [{"WORKER_API_KEY": "k"}, {"RUNPOD_ENDPOINT_ID": "e"}, {"WORKER_MODE": "local"}])
+def test_other_workers_need_no_key(more: dict[str, str]) -> None:
+    assert read({"RUNPOD_POD_ID": "p", **more}).variables.warnings == ()
+
+
+@pytest.mark.parametrize(
     ("environ", "folder"),
     [
         pytest.param({}, "/runpod-volume", id="own machine"),

@@ -1,6 +1,7 @@
 """Turns the settings into vLLM's arguments, with vLLM's own parser and checks."""
 
 import argparse
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,8 @@ SERVER_FLAGS = frozenset(
 )
 """Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, … The CORS flags configure
 vLLM's app, and `enable_flash_late_interaction` configures how it computes scores."""
+SWITCHES = {"tool_call_parser": "enable_auto_tool_choice", "lora_modules": "enable_lora"}
+"""Flags that have no effect without a second one, their switch."""
 NOT_COMPILED = ("served_model_name", "api_key", "logging_config", "load_format", "gpu_memory_utilization")
 """Arguments that do not change the compiled code."""
 IMAGE_LIMIT = 100
@@ -66,9 +69,7 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
         for name in LOG_FLAGS:
             setattr(args, name, settings.log_prompts)
         args.served_model_name = args.served_model_name or [settings.model_name]
-        if args.tool_call_parser and "ENABLE_AUTO_TOOL_CHOICE" not in settings.variables.values:
-            # Without this flag, vLLM refuses requests with tools, in spite of the parser.
-            args.enable_auto_tool_choice = True
+        _enable_what_is_configured(args, settings)
         configure_logging_from_args(args)
         cli_args.validate_parsed_serve_args(args)
         if args.tool_parser_plugin:
@@ -109,6 +110,14 @@ def _command_line(settings: Settings, parser: argparse.ArgumentParser) -> list[s
     skipped = parallelism.VARIABLE if parallelism.is_auto(settings) else None
     values = {name: value for name, value in variables.values.items() if name != skipped}
     return flags.arguments(values, parser, SERVER_FLAGS, variables.described)
+
+
+def _enable_what_is_configured(args: argparse.Namespace, settings: Settings) -> None:
+    """Turn on what other flags configure, unless it is turned off. Without, they would cause errors later."""
+    extra = parallelism.extra_flags(settings)
+    for flag, switch in SWITCHES.items():
+        if getattr(args, flag) and switch.upper() not in settings.variables.values and f"no_{switch}" not in extra:
+            setattr(args, switch, True)
 
 
 def _set_media_limits(args: argparse.Namespace, settings: Settings) -> None:
@@ -152,12 +161,12 @@ def remarks(settings: Settings) -> list[str]:
 
 
 def _unpinned_code(settings: Settings) -> Iterator[str]:
-    values = settings.variables.values
-    is_trusted = flags.BOOLEANS.get(values.get("TRUST_REMOTE_CODE", "").strip().lower())
-    if is_trusted and "CODE_REVISION" not in values and not Path(settings.model_name).is_dir():
+    is_trusted = flags.BOOLEANS.get(settings.variables.values.get("TRUST_REMOTE_CODE", "").strip().lower())
+    is_pinned = Path(settings.model_name).is_dir() or re.fullmatch("[0-9a-f]{40}", settings.model_revision or "")
+    if (is_trusted or "trust_remote_code" in parallelism.extra_flags(settings)) and not is_pinned:
         yield (
             "TRUST_REMOTE_CODE runs code from the Hugging Face Hub that its authors can change at any time. Set "
-            "MODEL_REVISION and CODE_REVISION to a commit that you have read."
+            "MODEL_REVISION to a commit that you have read."
         )
 
 

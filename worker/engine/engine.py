@@ -139,8 +139,9 @@ class Engine:
 
     async def _warm_up(self, app: App, tasks: Iterable[str]) -> None:
         """Answer a text and an image, so that no job has to wait for work that is done only once."""
-        for task in WARM_UPS.keys() & tasks:
-            await _answer(app, *WARM_UPS[task])
+        for task, request in WARM_UPS.items():
+            if task in tasks:
+                await _answer(app, *request)
         if "generate" in tasks and self._media_limits.get("image"):
             content = [{"type": "image_url", "image_url": {"url": BLACK_IMAGE}}]
             body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}

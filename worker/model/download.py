@@ -22,6 +22,7 @@ from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from worker import redaction
 from worker.backoff import Backoff
 from worker.errors import ConfigurationError, StartupError
 from worker.model import repositories, snapshots
@@ -121,7 +122,8 @@ def _download(cache: Path, repository: Repository, settings: Settings) -> Path:
     if not files:
         place = f"nothing at {path!r}" if path else "no files"
         raise ConfigurationError(f"{_setting(repository)}: the repository has {place}. Correct the name or the path.")
-    config_format = settings.variables.values.get("CONFIG_FORMAT", "auto")
+    extra = dict(redaction.flag_values(settings.vllm_extra_args))
+    config_format = extra.get("--config-format") or settings.variables.values.get("CONFIG_FORMAT", "auto")
     ignored = _ignored({file.filename for file in files}, repository, config_format)
     needed = filter_repo_objects(files, ignore_patterns=ignored, key=lambda file: file.filename)
     missing = sum(file.file_size for file in needed if file.will_download)

@@ -164,7 +164,7 @@ _SHAPES: Mapping[str, type[_Shape]] = MappingProxyType(
         "prompt": _PromptJob,
     }
 )
-"""The shapes by the key that tells them, in the order in which they are tried."""
+"""The shapes by the key that identifies them, in the order in which they are tried."""
 
 
 def _streams(body: object) -> bool:

@@ -1,8 +1,9 @@
 """The worker's own settings as one frozen object. `flags.py` turns the other variables into vLLM's arguments."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -215,10 +216,14 @@ class Settings(BaseModel):
         return "http" if self.port or self.runpod_endpoint_id or self.runpod_pod_id or self.worker_image else "local"
 
     @property
+    def is_pod(self) -> bool:
+        """Whether the worker runs on one of RunPod's pods."""
+        return bool(self.runpod_pod_id) and not self.runpod_endpoint_id
+
+    @property
     def volume(self) -> Path:
         """Where the volume is mounted, if there is one."""
-        is_pod = self.runpod_pod_id and not self.runpod_endpoint_id
-        return Path(self.base_path or ("/workspace" if is_pod else "/runpod-volume"))
+        return Path(self.base_path or ("/workspace" if self.is_pod else "/runpod-volume"))
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -288,8 +293,15 @@ def from_variables(variables: Variables) -> Settings:
         remove = redaction.remover(variables.secrets)
         lines = [remove(_line(variables, str(one["loc"][0]), one["input"], one["msg"])) for one in error.errors()]
         raise ConfigurationError("\n".join(lines)) from None
-    settings._variables = variables
+    settings._variables = replace(variables, warnings=(*variables.warnings, *_warnings(settings)))
     return settings
+
+
+def _warnings(settings: Settings) -> Iterator[str]:
+    if settings.is_pod and settings.mode == "http" and not settings.worker_api_key:
+        yield "WORKER_API_KEY is not set: anybody who knows the pod's address can use the worker."
+    if (limit := settings.max_concurrency or 0) > MAX_CONCURRENCY:
+        yield f"MAX_CONCURRENCY={limit} counts as {MAX_CONCURRENCY}, the most requests that a worker accepts."
 
 
 def defaults(variables: Variables) -> Settings:
