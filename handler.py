@@ -25,27 +25,31 @@ def main() -> int:
     """Run the worker until it is stopped, or one local job, or check the settings; return the exit code."""
     options = read_options(sys.argv[1:])
     processes.adopt_orphans()
-    if options.check:
-        return check.run(environment.read(), options.json)
     try:
+        if options.check:
+            return check.run(environment.read(), options.json)
         with tempfile.TemporaryDirectory(prefix="worker-") as folder:
             return start(options, Path(folder))
     except StartupError as error:
         return report(error)
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
         processes.end_all()
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
     """Read the worker's options, and those of the SDK that choose a mode. The SDK reads its own options again."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--test_input")
-    parser.add_argument("--rp_serve_api", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    options, _ = parser.parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        description="Runs the worker. Its settings are environment variables.", allow_abbrev=False
+    )
+    parser.add_argument("--check", action="store_true", help="print the effective settings, or all mistakes in them")
+    parser.add_argument("--json", action="store_true", help="with --check: print JSON")
+    parser.add_argument("--test_input", metavar="JSON", help="answer this job, print the result, and exit")
+    parser.add_argument("--rp_serve_api", action="store_true", help="run the RunPod SDK's test server")
+    options, others = parser.parse_known_args(argv)
+    if unknown := [name for name in others if name.startswith("--") and not name.startswith("--rp_")]:
+        sys.stderr.write(f"Unknown options are ignored: {', '.join(unknown)}. --help prints the worker's.\n")
     return options
 
 

@@ -1,6 +1,9 @@
 """Modes without an engine: which one is chosen, the steps of `run`, and when a worker stops refusing jobs."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import pytest
 
 import handler
 from tests.support.clock import run_on_virtual_clock
+from tests.support.tiny import ROOT
 from worker import modes
 from worker.errors import ConfigurationError, StartupError
 from worker.modes import Mode
@@ -139,3 +143,43 @@ def test_a_worker_stops_refusing_after_a_while(jobs: int, seconds: float, tmp_pa
         return asyncio.get_running_loop().time()
 
     assert run_on_virtual_clock(run()) <= seconds
+
+
+DROPPED_STOP = """
+import signal, sys, time
+from pathlib import Path
+from worker import modes
+from worker.settings import Settings
+from worker.worker import Worker
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+class Loading(modes.LocalMode):
+    def load(self):
+        Finalized()
+        print("still loading", flush=True)
+        time.sleep(60)
+
+sys.exit(modes.run(Loading(Worker(Settings(), Path("cause.txt")), None), None))
+"""
+
+
+def test_a_stop_that_python_drops_is_repeated() -> None:
+    """Python prints and drops an exception that a signal's handler raises within a finalizer."""
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED_STOP], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert "Exception ignored" in done.stderr
+    assert (done.stdout, done.returncode) == ("still loading\n", 128 + signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize("error", [WRONG, StartupError("The engine did not start.")], ids=["settings", "engine"])
+def test_a_stop_that_became_an_error_of_the_engine_is_a_stop(error: StartupError, tmp_path: Path) -> None:
+    mode = ScriptedMode(worker(tmp_path), {"load": error}, can_refuse=True)
+    mode.stopped_by = signal.SIGTERM
+    with pytest.raises(SystemExit) as stopped:
+        modes.run(mode, None)
+    assert (stopped.value.code, mode.steps) == (0, ["listen", "load"])

@@ -13,7 +13,7 @@ from worker.model import weights
 from worker.settings import Settings, environment, settings, sources
 from worker.settings.sources import Variables
 
-SET_BY_WORKER = ("model", "served_model_name", "api_key", "enable_log_requests", "enable_log_outputs", "logging_config")
+SET_BY_WORKER = ("model", "served_model_name", "enable_log_requests", "enable_log_outputs", "logging_config")
 """vLLM's arguments that the worker sets itself."""
 WITHOUT_SOURCES = {"VLLM_CONFIG_FILE": "", "PRESET": "none"}
 """Variables that turn off the sources other than the environment."""
@@ -102,7 +102,14 @@ def _rows(chosen: Settings, engine: Json) -> list[tuple[str, Any, str]]:
     vLLM's settings that nobody set are derived from others.
     """
     origins = chosen.variables.origins
-    own = [(name.upper(), value, origins.get(name.upper(), "default")) for name, value in chosen.public().items()]
+    values = chosen.public() | {"worker_mode": chosen.mode, "base_path": str(chosen.volume)}
+    if chosen.mode == "http":
+        values["port"] = chosen.ports[0]
+    derived = {name for name, value in values.items() if value != chosen.public().get(name)}
+    own = [
+        (name.upper(), value, "derived" if name in derived else origins.get(name.upper(), "default"))
+        for name, value in values.items()
+    ]
     listed = {*SET_BY_WORKER, *Settings.model_fields}
     others = [(name.upper(), value) for name, value in engine.items() if name not in listed]
     return own + [(name, value, origins.get(name, "derived")) for name, value in others]

@@ -86,7 +86,8 @@ class UnauthorizedError(JobError, status=401, type="AuthenticationError", header
 
     def __init__(self) -> None:
         super().__init__(
-            "The API key is missing or wrong. Send one of the keys in WORKER_API_KEY as 'Authorization: Bearer KEY'."
+            "The API key is missing or wrong. Send one of the keys in WORKER_API_KEY as 'Authorization: Bearer KEY' or "
+            "'x-api-key: KEY'."
         )
 
 

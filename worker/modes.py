@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Died = Callable[[], Coroutine[Any, Any, object]]
 
+STOP_AGAIN_SECONDS = 0.2
 REFUSED_AT_ONCE = 16
 """Jobs that a worker takes at once when it refuses all of them."""
 REFUSE_JOBS = 100
@@ -48,11 +49,14 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
             if problem is None:
                 mode.load()
                 return mode.serve()
-        except ConfigurationError as error:
-            problem = problem or error
         except StartupError as error:
-            worker.lifecycle.fail(str(error))
-            raise
+            if mode.stopped_by is not None:
+                # The signal's exception became another one in a library.
+                sys.exit(mode.exit_code)
+            if not isinstance(error, ConfigurationError):
+                worker.lifecycle.fail(str(error))
+                raise
+            problem = problem or error
         if worker.settings.startup_failure == "exit":
             raise problem
         worker.shutdown()
@@ -69,14 +73,33 @@ class Mode(ABC):
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.server: HttpServer | None = None
+        self.stopped_by: int | None = None
+        """The signal that stopped the worker while it was loading."""
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a worker that a signal stopped while it was loading."""
+        return 0 if self.stops_with_0 else 128 + (self.stopped_by or 0)
 
     def listen(self, stack: ExitStack) -> None:
         """Open the ports for as long as the stack is open, or raise `ConfigurationError`."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
             # Until the mode serves and handles them itself.
-            signal.signal(number, lambda number, _: sys.exit(0 if self.stops_with_0 else 128 + number))
-        if ports := self.worker.settings.ports:
-            self.server = stack.enter_context(HttpServer(self.worker.gate, ports, self.worker.settings.host))
+            signal.signal(number, self._stop)
+        settings = self.worker.settings
+        log.info("Mode %s, ports %s, volume %s", settings.mode, list(settings.ports) or "none", settings.volume)
+        if ports := settings.ports:
+            self.server = stack.enter_context(HttpServer(self.worker.gate, ports, settings.host))
+        stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
+
+    def _stop(self, number: int, _frame: object) -> None:
+        """End the process, from a signal handler.
+
+        Python drops the exception if the handler happens to run within a finalizer. So a timer raises it again.
+        """
+        self.stopped_by = self.stopped_by or number
+        signal.setitimer(signal.ITIMER_REAL, STOP_AGAIN_SECONDS)
+        sys.exit(self.exit_code)
 
     def load(self) -> None:
         """Load the engine."""

@@ -46,11 +46,14 @@ def test_the_command_is_vllms_own(report: dict[str, Any]) -> None:
 
 
 def test_a_misspelt_name_causes_a_warning(report: dict[str, Any]) -> None:
-    assert report["warnings"] == ["MAX_MODEL_LENGTH is not a setting. Did you mean MAX_MODEL_LEN?"]
+    assert report["warnings"] == [
+        "MODEL_NAME is not set. The worker loads Qwen/Qwen2-VL-7B-Instruct.",
+        "MAX_MODEL_LENGTH is not a setting. Did you mean MAX_MODEL_LEN?",
+    ]
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
-    code, text = check(MAX_MODEL_LEN="long", DTYPE="bf17")
+    code, text = check(MODEL_NAME="org/model", MAX_MODEL_LEN="long", DTYPE="bf17")
     assert (code, len(text.splitlines())) == (2, 2)
     code, text = check("--json", MAX_CONCURRENCY="-1", PORT="x", DTYPE="bf17")
     assert (code, [line.split("=")[0] for line in json.loads(text)["mistakes"]]) == (
@@ -120,3 +123,39 @@ def test_flags_of_the_server_in_the_environment_cause_a_warning_and_the_workers_
     assert code == 0
     reported = [line.split(" ")[0] for line in json.loads(text)["warnings"]]
     assert reported == ["MIDDLEWARE", "SSL_KEYFILE", "UVICORN_LOG_LEVEL"]
+
+
+def test_the_mode_the_port_and_the_volume_are_those_that_the_worker_would_use() -> None:
+    code, text = check("--json", MODEL_NAME="tests/models/tiny-vlm", RUNPOD_POD_ID="p", WORKER_API_KEY="k")
+    assert code == 0
+    rows = {row["setting"]: (row["value"], row["source"]) for row in json.loads(text)["settings"]}
+    assert rows["WORKER_MODE"] == ("http", "derived")
+    assert rows["PORT"] == (8000, "derived")
+    assert rows["BASE_PATH"] == ("/workspace", "derived")
+
+
+def test_an_unknown_option_is_named() -> None:
+    command = [sys.executable, "handler.py", "--chek", "--rp_log_level", "DEBUG", "--check"]
+    environ = {"PATH": "/usr/bin:/bin", "PORT": "x"}
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("Unknown options are ignored: --chek. ")
+    assert "--rp" not in done.stderr.splitlines()[0]
+
+
+WITHOUT_GPU = """
+import sys
+import vllm.platforms
+from vllm.platforms.interface import UnspecifiedPlatform
+vllm.platforms._current_platform = UnspecifiedPlatform()
+import handler
+sys.argv[1:] = ["--check"]
+sys.exit(handler.main())
+"""
+
+
+def test_the_image_for_gpus_says_that_it_sees_none() -> None:
+    environ = {"PATH": "/usr/bin:/bin", "MODEL_NAME": "tests/models/tiny-vlm"}
+    command = [sys.executable, "-c", WITHOUT_GPU]
+    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("vLLM sees no GPU. ")

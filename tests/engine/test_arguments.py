@@ -202,7 +202,7 @@ def test_changed_arguments_contain_no_secrets_and_no_defaults() -> None:
     [
         pytest.param(
             {"MAX_MODEL_LEN": "long"},
-            "MAX_MODEL_LEN='long': invalid human_readable_int_or_auto value: 'long'; expected human readable int",
+            "MAX_MODEL_LEN='long': expected a whole number, such as 8192 or 8k",
             id="number",
         ),
         pytest.param({"DTYPE": "bf17"}, "expected one of auto, bfloat16", id="choice"),
@@ -210,12 +210,16 @@ def test_changed_arguments_contain_no_secrets_and_no_defaults() -> None:
         pytest.param({"ENABLE_AUTO_TOOL_CHOICE": "true"}, "requires --tool-call-parser", id="combination"),
         pytest.param(
             {"ENABLE_AUTO_TOOL_CHOICE": "1", "TOOL_CALL_PARSER": "nope"},
-            "invalid tool call parser: nope",
+            "TOOL_CALL_PARSER='nope': no such parser",
             id="tool parser",
         ),
         pytest.param({"REASONING_PARSER": "nope"}, "REASONING_PARSER='nope': no such parser", id="reasoning parser"),
         pytest.param({"CUSTOM_CHAT_TEMPLATE": "nofile.jinja"}, "nofile.jinja", id="chat template"),
-        pytest.param({"VLLM_EXTRA_ARGS": "--nope 1"}, "unrecognized arguments: --nope", id="extra arguments"),
+        pytest.param(
+            {"VLLM_EXTRA_ARGS": "--nope 1"}, "VLLM_EXTRA_ARGS: unrecognized arguments: --nope", id="extra arguments"
+        ),
+        pytest.param({"GPU_MEMORY_UTILIZATION": "1.5"}, "GPU_MEMORY_UTILIZATION=1.5: Input should be less", id="bound"),
+        pytest.param({"SPECULATIVE_CONFIG": "x"}, "SPECULATIVE_CONFIG='x': expected JSON", id="wrapped converter"),
     ],
 )
 def test_mistakes(environ: dict[str, str], message: str) -> None:
@@ -253,3 +257,8 @@ def test_code_that_may_change_causes_a_warning() -> None:
     assert remarks(settings.read({"MODEL_NAME": "org/model", "VLLM_EXTRA_ARGS": "--trust-remote-code"}))
     assert not remarks(settings.read({**code, "MODEL_REVISION": "c" * 40}))
     assert not remarks(settings.read({**code, "MODEL_NAME": str(MODEL)}))
+
+
+def test_the_log_level_is_the_workers_own() -> None:
+    """vLLM has a flag of this name, which accepts capitals only."""
+    assert "log_level" not in parse(LOG_LEVEL="debug")

@@ -8,6 +8,8 @@ from worker.errors import ConfigurationError
 from worker.settings import read, read_or_report
 from worker.settings.sources import DEFAULT_MODEL
 
+QUEUE = {"WORKER_MODE": "queue", "RUNPOD_WEBHOOK_GET_JOB": "http://x?"}
+
 
 def test_the_workers_own_settings() -> None:
     settings = read({"MODEL_NAME": "org/model", "MAX_CONCURRENCY": "30", "ALLOW_CONTROL_ROUTES": "on"})
@@ -19,10 +21,10 @@ def test_the_workers_own_settings() -> None:
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        pytest.param({"WORKER_MODE": "queue"}, 250, id="queue"),
+        pytest.param(QUEUE, 250, id="queue"),
         pytest.param({"WORKER_MODE": "http"}, 512, id="HTTP"),
-        pytest.param({"WORKER_MODE": "queue", "MAX_CONCURRENCY": "300"}, 300, id="set"),
-        pytest.param({"WORKER_MODE": "queue", "MAX_CONCURRENCY": "1000"}, 512, id="more than a worker accepts"),
+        pytest.param({**QUEUE, "MAX_CONCURRENCY": "300"}, 300, id="set"),
+        pytest.param({**QUEUE, "MAX_CONCURRENCY": "1000"}, 512, id="more than a worker accepts"),
     ],
 )
 def test_the_most_requests_at_once(environ: dict[str, str], expected: int) -> None:
@@ -96,7 +98,7 @@ def test_settings_are_frozen() -> None:
         pytest.param({"WORKER_IMAGE": "0.2.0", "RUNPOD_WEBHOOK_GET_JOB": "http://x?"}, "queue", (), id="image, queue"),
         pytest.param({"WORKER_IMAGE": "0.2.0", "WORKER_MODE": "local"}, "local", (), id="one job in the image"),
         pytest.param({"PORT": "9000", "WORKER_MODE": "local"}, "local", (), id="local in spite of a port"),
-        pytest.param({"WORKER_MODE": "queue", "METRICS_PORT": "9"}, "queue", (9,), id="queue with metrics"),
+        pytest.param({**QUEUE, "METRICS_PORT": "9"}, "queue", (9,), id="queue with metrics"),
         pytest.param({"PORT": "1", "PORT_HEALTH": "2", "METRICS_PORT": "1"}, "http", (1, 2), id="the same port twice"),
     ],
 )
@@ -108,18 +110,33 @@ def test_mode_and_ports(environ: dict[str, str], mode: str, ports: tuple[int, ..
 @pytest.mark.parametrize(
     ("environ", "variable"),
     [
+        pytest.param({"MODEL_NAME": ""}, "MODEL_NAME is not set", id="no model"),
+        pytest.param({"MODEL_NAME": '"org/model"'}, "MODEL_NAME is in quotation marks", id="quotation marks"),
+        pytest.param({"HF_TOKEN": "{{ RUNPOD_SECRET_hf }}"}, "HF_TOKEN names a secret", id="an unknown secret"),
         pytest.param({"RUNPOD_POD_ID": "p"}, "WORKER_API_KEY", id="a pod that everybody can use"),
         pytest.param({"MAX_CONCURRENCY": "1000"}, "MAX_CONCURRENCY=1000", id="more requests than a worker accepts"),
     ],
 )
 def test_settings_that_may_be_a_mistake_cause_a_warning(environ: dict[str, str], variable: str) -> None:
-    (warning,) = read(environ).variables.warnings
+    (warning,) = read({"MODEL_NAME": "org/model", **environ}).variables.warnings
     assert warning.startswith(variable)
 
 
 @pytest.mark.parametrize("more", [{"WORKER_API_KEY": "k"}, {"RUNPOD_ENDPOINT_ID": "e"}, {"WORKER_MODE": "local"}])
 def test_other_workers_need_no_key(more: dict[str, str]) -> None:
-    assert read({"RUNPOD_POD_ID": "p", **more}).variables.warnings == ()
+    assert read({"MODEL_NAME": "org/model", "RUNPOD_POD_ID": "p", **more}).variables.warnings == ()
+
+
+def test_a_queue_worker_needs_a_queue() -> None:
+    with pytest.raises(ConfigurationError, match="RunPod has set up no queue"):
+        read({"WORKER_MODE": "queue"})
+
+
+@pytest.mark.parametrize("mode", ["Pod", "queue"])
+def test_a_wrong_mode_is_reported_in_the_mode_of_the_environment(mode: str) -> None:
+    settings, error = read_or_report({"WORKER_MODE": mode, "RUNPOD_POD_ID": "p", "WORKER_API_KEY": "k"})
+    assert "WORKER_MODE=" in str(error)
+    assert (settings.mode, settings.worker_api_key) == ("http", ("k",))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +155,7 @@ def test_where_the_volume_is(environ: dict[str, str], folder: str) -> None:
 @pytest.mark.parametrize(
     ("environ", "seconds"),
     [
-        pytest.param({"WORKER_MODE": "queue"}, 2.5, id="queue"),
+        pytest.param(QUEUE, 2.5, id="queue"),
         pytest.param({"WORKER_MODE": "http"}, 30.0, id="HTTP"),
         pytest.param({"WORKER_MODE": "http", "DRAIN_SECONDS": "0"}, 0.0, id="DRAIN_SECONDS"),
     ],

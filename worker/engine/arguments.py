@@ -2,18 +2,22 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import vllm
+import vllm.config
+from annotated_types import BaseMetadata
 from jinja2 import TemplateError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_jsonable_python
 from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.entrypoints.launchers import cli_args
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
+from vllm.platforms import current_platform
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -22,7 +26,7 @@ from worker import redaction
 from worker.engine import parallelism
 from worker.engine.startup_errors import VLLM_ERRORS, one_line
 from worker.engine.versions import configure_logging_from_args, load_chat_template
-from worker.errors import ConfigurationError, Json
+from worker.errors import ConfigurationError, Json, StartupError
 from worker.model.fit import Plan
 from worker.settings import Settings, flags, legacy, sources
 
@@ -39,7 +43,7 @@ SERVER_FLAGS = frozenset(
 vLLM's app, and `enable_flash_late_interaction` configures how it computes scores."""
 SWITCHES = {"tool_call_parser": "enable_auto_tool_choice", "lora_modules": "enable_lora"}
 """Flags that have no effect without a second one, their switch."""
-NOT_COMPILED = ("served_model_name", "api_key", "logging_config", "load_format", "gpu_memory_utilization")
+NOT_COMPILED = ("served_model_name", "logging_config", "load_format", "gpu_memory_utilization")
 """Arguments that do not change the compiled code."""
 IMAGE_LIMIT = 100
 """Images per request where neither the user nor a preset sets a limit. vLLM's own is 999. If the model allows fewer,
@@ -53,16 +57,30 @@ class _Parser(FlexibleArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
+def _make_parser() -> argparse.ArgumentParser:
+    """Return vLLM's parser.
+
+    Raises:
+        StartupError: vLLM has no device, without which it has no defaults either.
+    """
+    if current_platform.is_unspecified():
+        raise StartupError("vLLM sees no GPU. Start the container with one (--gpus all), or use the image for CPUs.")
+    parser: argparse.ArgumentParser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    return parser
+
+
 def parse_arguments(settings: Settings) -> argparse.Namespace:
     """Return vLLM's arguments. Repositories are still names of the Hub: `place` replaces them by folders.
 
     Raises:
         ConfigurationError: vLLM's parser or one of its checks rejects a value.
+        StartupError: vLLM sees no GPU.
     """
-    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    parser = _make_parser()
     words = _command_line(settings, parser)
     try:
         args: argparse.Namespace = parser.parse_args([f"--model={settings.model_name}", *words])
+        _check_bounds(args, parser, settings.variables.described)
         for name in SERVER_FLAGS:
             # A flag in VLLM_EXTRA_ARGS has as little effect as a variable.
             setattr(args, name, parser.get_default(name))
@@ -76,19 +94,18 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
             ToolParserManager.import_tool_parser(args.tool_parser_plugin)
         if args.reasoning_parser_plugin:
             ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        _check_parsers(args)
         validate_api_server_args(args)
         if (template := load_chat_template(args.chat_template)) is not None:
             _compile_jinja_template(template)
     except TemplateError as error:
         message = redaction.remover(settings.variables.secrets)(one_line(error))
         raise ConfigurationError(f"CHAT_TEMPLATE: not a valid template: {message}") from error
-    except (argparse.ArgumentError, *VLLM_ERRORS) as error:
+    except argparse.ArgumentError as error:
+        # The variables are valid one by one.
+        raise ConfigurationError(f"VLLM_EXTRA_ARGS: {_without_values(one_line(error), settings)}") from error
+    except VLLM_ERRORS as error:
         raise ConfigurationError(_without_values(one_line(error), settings)) from error
-    # vLLM checks this name only after it has loaded the model.
-    parsers = ReasoningParserManager.list_registered()
-    if args.reasoning_parser and args.reasoning_parser not in parsers:
-        message = f"REASONING_PARSER={args.reasoning_parser!r}: no such parser; expected one of {', '.join(parsers)}"
-        raise ConfigurationError(_without_values(message, settings))
     _set_media_limits(args, settings)
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
     # The worker checks keys itself. With None, vLLM would use a key from the environment.
@@ -96,10 +113,42 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
     return args
 
 
+def _check_bounds(args: argparse.Namespace, parser: argparse.ArgumentParser, described: Callable[[str], str]) -> None:
+    """Check the limits that vLLM's classes declare. vLLM checks them too, but does not name the variable.
+
+    Raises:
+        ConfigurationError: one line for each value that is too small or too large.
+    """
+    lines = []
+    for group in parser._action_groups:
+        fields = getattr(getattr(vllm.config, str(group.title), None), "__pydantic_fields__", {})
+        for name in {action.dest for action in group._group_actions} & fields.keys():
+            limits = [each for each in fields[name].metadata if isinstance(each, BaseMetadata)]
+            value = getattr(args, name, None)
+            if not limits or not isinstance(value, int | float):
+                continue
+            try:
+                TypeAdapter(Annotated[Any, *limits]).validate_python(value)
+            except ValidationError as error:
+                lines.append(f"{described(name.upper())}={value}: {error.errors()[0]['msg']}")
+    if lines:
+        raise ConfigurationError("\n".join(lines))
+
+
+def _check_parsers(args: argparse.Namespace) -> None:
+    """Check the names of parsers. vLLM checks one of them only after it has loaded the model."""
+    for name, value, parsers in (
+        ("TOOL_CALL_PARSER", args.tool_call_parser, ToolParserManager.list_registered()),
+        ("REASONING_PARSER", args.reasoning_parser, ReasoningParserManager.list_registered()),
+    ):
+        if value and value not in parsers:
+            raise ValueError(f"{name}={value!r}: no such parser; expected one of {', '.join(parsers)}")
+
+
 def mistakes(settings: Settings) -> list[str]:
     """Return a sentence for every variable whose value vLLM's parser rejects."""
     try:
-        _command_line(settings, make_arg_parser(_Parser()))  # type: ignore[no-untyped-call]
+        _command_line(settings, _make_parser())
     except ConfigurationError as error:
         return str(error).splitlines()
     return []
@@ -150,7 +199,7 @@ def place(args: argparse.Namespace, settings: Settings, folders: Mapping[str, Pa
 
 def remarks(settings: Settings) -> list[str]:
     """Return a warning for each variable that looks misspelt, for each flag without effect, and for unpinned code."""
-    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    parser = _make_parser()
     own = {name.upper() for name in Settings.model_fields}
     known = {*own, *(action.dest.upper() for action in parser._actions)}
     return [
@@ -214,8 +263,10 @@ def plan(args: argparse.Namespace) -> Plan | None:
 
 def changed(args: argparse.Namespace) -> Json:
     """Return the arguments that differ from vLLM's defaults, without secrets, as JSON values."""
-    defaults = vars(make_arg_parser(_Parser()).parse_args([]))  # type: ignore[no-untyped-call]
-    values = {name: value for name, value in sorted(vars(args).items()) if value != defaults.get(name)}
+    defaults = vars(_make_parser().parse_args([]))
+    # vLLM's own key is not used.
+    names = sorted(vars(args).keys() - {"api_key"})
+    values = {name: value for name in names if (value := getattr(args, name)) != defaults.get(name)}
     return {name: redaction.public(to_jsonable_python(value, fallback=str), name) for name, value in values.items()}
 
 

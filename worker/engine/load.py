@@ -17,7 +17,6 @@ from worker.engine.client import Client
 from worker.engine.grammars import bound_steps
 from worker.engine.startup_errors import VLLM_ERRORS, failure, one_line, translated
 from worker.engine.versions import propagate_flash_late_interaction
-from worker.errors import StartupError
 from worker.settings import Settings, environment
 
 POLL_SECONDS = 0.02
@@ -29,8 +28,6 @@ FirstCause = Callable[[], str | None]
 
 def load(args: Namespace, settings: Settings, meanwhile: Work, first_cause: FirstCause) -> AsyncLLM:
     """Return the client of a loaded engine; see `Engine.load`."""
-    if current_platform.is_unspecified():
-        raise StartupError("vLLM sees no GPU. Start the container with one (--gpus all), or use the image for CPUs.")
     set_ulimit()
     engine_args = AsyncEngineArgs.from_cli_args(args)
     propagate_flash_late_interaction(args, engine_args)

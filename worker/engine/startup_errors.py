@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
 from vllm.exceptions import VLLMError
 
 from worker.errors import ConfigurationError, StartupError
@@ -45,8 +46,8 @@ def failure(message: str, first_cause: str | None) -> StartupError:
 
 
 def one_line(error: Exception) -> str:
-    """Return an exception's message on one line; of pydantic's, all messages."""
-    if callable(errors := getattr(error, "errors", None)):
-        return "; ".join(str(each["msg"]) for each in errors())
+    """Return an exception's message on one line; of pydantic's, all messages with the class and the field of each."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, (error.title, *each['loc'])))}: {each['msg']}" for each in error.errors())
     text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
     return " ".join(text.split()) or type(error).__name__

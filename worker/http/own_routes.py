@@ -47,6 +47,8 @@ class Info(BaseModel):
     """The body of `/info`."""
 
     version: str
+    mode: str
+    """`queue`, `http` or `local`."""
     image: str | None
     """The version of the image; None outside of it."""
     model: str
@@ -129,6 +131,7 @@ class OwnRoutes:
         """Return versions, model, limits, GPUs, settings and the duration of each phase of the start."""
         return Info(
             version=__version__,
+            mode=self._settings.mode,
             image=self._settings.worker_image,
             model=str(redaction.public(self._settings.model_name)),
             revision=self._settings.model_revision,

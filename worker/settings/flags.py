@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from worker import redaction
 from worker.errors import ConfigurationError
@@ -12,9 +13,23 @@ from worker.errors import ConfigurationError
 BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 NOT_SETTABLE = frozenset({
     "help", "model", "model_tag", "config", "headless", "grpc", "api_server_count", "otlp_traces_endpoint", "hf_token",
-    "revision", "download_dir",
+    "revision", "download_dir", "log_level",
 })  # fmt: skip
-"""Flags that the worker sets itself, or that a library reads from the environment, such as the token."""
+"""Flags that the worker sets itself, or that a library reads from the environment, such as the token. `LOG_LEVEL` is
+the worker's own; vLLM's is `VLLM_LOGGING_LEVEL`."""
+NO_DETAIL = re.compile(
+    r"invalid .*? value: .*|Value .* cannot be converted to .*|invalid choice: .*|\d+ validation errors? for .*"
+)
+"""Messages of the parser and of its converters that say no more than what is expected."""
+EXPECTED = {
+    "int": "a whole number",
+    "human_readable_int": "a whole number, such as 8192 or 8k",
+    "float": "a number",
+    "str": "text",
+    "loads": "JSON",
+    "parse_dataclass": "JSON",
+}
+"""What each of the parser's converters accepts."""
 
 
 def arguments(
@@ -39,9 +54,10 @@ def arguments(
             flags = _flags(action, value)
             parser.parse_args(flags)
         except (ValueError, argparse.ArgumentError) as error:
-            detail = re.sub(r"^argument [^:]*: ", "", " ".join(str(error).split()))
+            message = re.sub(r"^argument [^:]*: ", "", " ".join(str(error).split()))
+            detail = "" if NO_DETAIL.fullmatch(message) else f"{message}; "
             shown = redaction.public(value, variable)
-            mistakes.append(f"{described(variable)}={shown!r}: {detail}; expected {_expected(action)}")
+            mistakes.append(f"{described(variable)}={shown!r}: {detail}expected {_expected(action)}")
         else:
             words += flags
     try:
@@ -92,6 +108,12 @@ def _expected(action: argparse.Action) -> str:
         return "true or false"
     if action.choices:
         return f"one of {', '.join(map(str, action.choices))}"
-    name = getattr(action.type, "__name__", "text")
-    described = {"int": "a whole number", "float": "a number", "str": "text", "loads": "JSON"}
-    return described.get(name, name.strip("_").replace("_", " ").removesuffix(" or auto"))
+    name = _converter(action.type).strip("_").removesuffix("_or_auto")
+    return EXPECTED.get(name, name.replace("_", " "))
+
+
+def _converter(function: Any) -> str:
+    """Return the name of a converter. vLLM wraps some in functions that call them."""
+    inner = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    name = next((_converter(each) for each in inner if callable(each)), getattr(function, "__name__", "text"))
+    return str(name)

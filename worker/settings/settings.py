@@ -25,6 +25,11 @@ MINIMAL = (
 )  # fmt: skip
 """The variables that are needed to report to callers that the other ones are wrong."""
 
+NO_QUEUE = (
+    "WORKER_MODE='queue': RunPod has set up no queue (RUNPOD_WEBHOOK_GET_JOB is not set). Unset WORKER_MODE, or use "
+    "'http' or 'local'."
+)
+
 Lowercase = BeforeValidator(lambda text: text.strip().lower() if isinstance(text, str) else text)
 Boolean = Annotated[bool, Lowercase]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(lambda text: text.strip().upper())]
@@ -275,8 +280,10 @@ def read_or_report(environ: Mapping[str, str]) -> tuple[Settings, ConfigurationE
         return from_variables(variables), None
     except ConfigurationError as error:
         minimal = {name: variables.values[name] for name in MINIMAL if name in variables.values}
-        with suppress(ConfigurationError):
-            return from_variables(Variables(minimal, variables.origins)), error
+        for ignored in ((), ("WORKER_MODE",)):
+            values = {name: value for name, value in minimal.items() if name not in ignored}
+            with suppress(ConfigurationError):
+                return from_variables(Variables(values, variables.origins)), error
         raise
 
 
@@ -293,11 +300,22 @@ def from_variables(variables: Variables) -> Settings:
         remove = redaction.remover(variables.secrets)
         lines = [remove(_line(variables, str(one["loc"][0]), one["input"], one["msg"])) for one in error.errors()]
         raise ConfigurationError("\n".join(lines)) from None
+    if settings.worker_mode == "queue" and not settings.runpod_webhook_get_job:
+        raise ConfigurationError(NO_QUEUE)
+    settings._variables = variables
     settings._variables = replace(variables, warnings=(*variables.warnings, *_warnings(settings)))
     return settings
 
 
 def _warnings(settings: Settings) -> Iterator[str]:
+    if settings.variables.origins.get("MODEL_NAME") == "default":
+        yield f"MODEL_NAME is not set. The worker loads {DEFAULT_MODEL}."
+    for name, value in settings.variables.values.items():
+        if name.lower() in Settings.model_fields and len(text := value.strip()) > 1:
+            if text[0] == text[-1] and text[0] in "\"'":
+                yield f"{name} is in quotation marks, which are part of the value. Remove them."
+            if "{{ RUNPOD_SECRET_" in text:
+                yield f"{name} names a secret that RunPod has not replaced. Create it, or correct its name."
     if settings.is_pod and settings.mode == "http" and not settings.worker_api_key:
         yield "WORKER_API_KEY is not set: anybody who knows the pod's address can use the worker."
     if (limit := settings.max_concurrency or 0) > MAX_CONCURRENCY:
