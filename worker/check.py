@@ -10,7 +10,7 @@ from typing import Any
 from worker import redaction
 from worker.errors import ConfigurationError, Json
 from worker.model import weights
-from worker.settings import Settings, environment, settings, sources
+from worker.settings import Settings, environment, reading, sources
 from worker.settings.sources import Variables
 
 SET_BY_WORKER = ("model", "served_model_name", "enable_log_requests", "enable_log_outputs", "logging_config")
@@ -36,14 +36,14 @@ def run(environ: Mapping[str, str], as_json: bool) -> int:
         variables = sources.collect({**environ, **WITHOUT_SOURCES})
     hide = redaction.remover({*variables.secrets, *redaction.secrets_in(environ)})
     try:
-        chosen = settings.from_variables(variables)
+        chosen = reading.from_variables(variables)
         environment.prepare(chosen)
         folders = weights.locate(chosen)
     except ConfigurationError as error:
         mistakes += str(error).splitlines()
     if mistakes:
         every = chain(mistakes, _mistakes_in_flags(variables))
-        return _print_mistakes(every, _warnings(settings.defaults(variables)), as_json, hide)
+        return _print_mistakes(every, _warnings(reading.defaults(variables)), as_json, hide)
     from worker.engine import arguments
 
     try:
@@ -89,7 +89,7 @@ def _warnings(chosen: Settings) -> Iterator[str]:
 
 def _mistakes_in_flags(variables: Variables) -> Iterator[str]:
     """Yield the mistakes in vLLM's settings when the worker's own are wrong too."""
-    chosen = settings.defaults(variables)
+    chosen = reading.defaults(variables)
     environment.prepare(chosen)
     from worker.engine import arguments
 

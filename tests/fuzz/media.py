@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from worker import settings
 from worker.errors import MediaError
 from worker.media import formats, structure
 from worker.media.checks import Limits
@@ -23,7 +24,6 @@ from worker.media.decoder import Decoder, translated
 from worker.media.decoders import Decoders, Look, SoundForm
 from worker.media.pool import Process
 from worker.memory import Budget
-from worker.settings import settings
 
 CPU_SECONDS = 20.0
 """For one file of at most a few megabytes. Honest ones take milliseconds."""

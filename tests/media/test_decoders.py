@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.support import hostile, media
+from worker import settings
 from worker.errors import MediaError, MediaTooLargeError, MemoryExceededError
 from worker.media import structure
 from worker.media.checks import Limits
@@ -28,7 +29,6 @@ from worker.media.decoders import Decoders, Look, SoundForm
 from worker.media.pool import Process
 from worker.media.video import Capture
 from worker.memory import Account, Budget
-from worker.settings import settings
 
 T = TypeVar("T")
 
@@ -480,7 +480,7 @@ def test_large_shared_memory_is_freed_after_use() -> None:
 def test_a_process_has_no_secrets_and_ends_with_its_worker() -> None:
     program = """
         import asyncio, time
-        from worker.settings import settings
+        from worker import settings
         from worker.media.checks import Limits
         from worker.media.decoders import Decoders
         async def main():

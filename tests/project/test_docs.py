@@ -19,7 +19,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from tests.support.tiny import ROOT
 from worker.engine.arguments import SERVER_FLAGS, _Parser
 from worker.settings import Settings, flags, legacy
-from worker.settings.settings import from_variables
+from worker.settings.reading import from_variables
 from worker.settings.sources import Variables
 
 FOREIGN = re.compile(r"(^|/)(\.|node_modules/)")

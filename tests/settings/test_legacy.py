@@ -22,7 +22,7 @@ from tests.support.tiny import MODEL, ROOT
 from worker.engine import parse_arguments, remarks
 from worker.engine.arguments import LOG_FLAGS, SERVER_FLAGS, _Parser
 from worker.errors import ConfigurationError
-from worker.settings import Settings, flags, legacy, settings
+from worker.settings import Settings, flags, legacy, reading
 from worker.settings.sources import collect
 
 TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("worker_vllm.yaml").read_text())
@@ -43,12 +43,12 @@ def settable() -> Mapping[str, argparse.Action]:
 
 
 def read(environ: Mapping[str, str]) -> Settings:
-    return settings.read({"MODEL_NAME": str(MODEL), **environ})
+    return reading.read({"MODEL_NAME": str(MODEL), **environ})
 
 
 def warnings(names: Iterable[str], value: str = "true") -> list[str]:
     """Return all warnings about variables, as `--check` prints them."""
-    of_vllm = settings.defaults(collect(dict.fromkeys(names, value)))
+    of_vllm = reading.defaults(collect(dict.fromkeys(names, value)))
     return [*of_vllm.variables.warnings, *remarks(of_vllm)]
 
 
