@@ -1,7 +1,10 @@
 """HTTP mode with the real engine over a real socket: answers, metrics, log and traces."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +18,7 @@ from tests.conftest import API_KEY, HttpWorker
 from tests.support import media
 from tests.support.collector import Collector
 from tests.support.media import image_url
+from tests.support.tiny import ROOT
 
 MODEL = "tiny"
 GREETING = "Hello! How can I help you?"
@@ -236,3 +240,9 @@ def test_the_engines_span_is_a_child_of_the_jobs_span(http: httpx.Client, collec
     }
     (engine,) = spans.values()
     assert engine.parent_span_id == job.span_id
+
+
+def test_the_health_check_asks_a_real_worker(http_worker: HttpWorker) -> None:
+    assert httpx.get(f"{http_worker.url}/ping").status_code == 200
+    environ = {"PATH": os.environ["PATH"], "PORT": str(http_worker.port)}
+    subprocess.run([sys.executable, "builder/healthcheck.py"], cwd=ROOT, env=environ, check=True)
