@@ -22,7 +22,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vllm
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 from worker.engine import arguments
 from worker.settings import Settings, flags
@@ -156,8 +155,7 @@ def _values(name: str, entry: Json) -> str:
 @cache
 def _flags() -> dict[str, argparse.Action]:
     """Return vLLM's flags by the names of their variables."""
-    parser = make_arg_parser(arguments._Parser())  # type: ignore[no-untyped-call]
-    return flags.settable(parser, arguments.SERVER_FLAGS)
+    return flags.settable(arguments.make_parser(), arguments.SERVER_FLAGS)
 
 
 @cache

@@ -3,7 +3,6 @@
 Takes about two hours, most of it for the soak test and the simulation. `RELEASE="check test"` runs only these checks.
 """
 
-import re
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from builder.release_notes import notes
 from worker import __version__
 
 CHECKS: dict[str, list[str]] = {
@@ -55,8 +55,10 @@ def main(chosen: list[str]) -> int:
 
 
 def _version_problem() -> str | None:
-    if not re.search(rf"^## \[{re.escape(__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE):
-        return f"CHANGELOG.md has no section [{__version__}]"
+    try:
+        notes(f"v{__version__}", __version__, (ROOT / "CHANGELOG.md").read_text())
+    except ValueError as error:
+        return str(error)
     return f"tag v{__version__} exists: raise the version" if f"v{__version__}" in _git("tag").split() else None
 
 

@@ -15,8 +15,6 @@ from worker.settings.sources import Variables
 
 SET_BY_WORKER = ("model", "served_model_name", "enable_log_requests", "enable_log_outputs", "logging_config")
 """vLLM's arguments that the worker sets itself."""
-WITHOUT_SOURCES = {"VLLM_CONFIG_FILE": "", "PRESET": "none"}
-"""Variables that turn off the sources other than the environment."""
 
 Hide = Callable[[str], str]
 """Returns a text without the secrets in the settings."""
@@ -33,7 +31,7 @@ def run(environ: Mapping[str, str], as_json: bool) -> int:
     except ConfigurationError as error:
         # The file cannot be read, or the preset does not exist. The other settings are checked without them.
         mistakes += str(error).splitlines()
-        variables = sources.collect({**environ, **WITHOUT_SOURCES})
+        variables = sources.collect({**environ, **sources.ONLY_ENVIRONMENT})
     hide = redaction.remover({*variables.secrets, *redaction.secrets_in(environ)})
     try:
         chosen = reading.from_variables(variables)
@@ -102,13 +100,13 @@ def _rows(chosen: Settings, engine: Json) -> list[tuple[str, Any, str]]:
     vLLM's settings that nobody set are derived from others.
     """
     origins = chosen.variables.origins
-    values = chosen.public() | {"worker_mode": chosen.mode, "base_path": str(chosen.volume)}
+    given = chosen.public()
+    effective = given | {"worker_mode": chosen.mode, "base_path": str(chosen.volume)}
     if chosen.mode == "http":
-        values["port"] = chosen.ports[0]
-    derived = {name for name, value in values.items() if value != chosen.public().get(name)}
+        effective["port"] = chosen.ports[0]
     own = [
-        (name.upper(), value, "derived" if name in derived else origins.get(name.upper(), "default"))
-        for name, value in values.items()
+        (name.upper(), value, origins.get(name.upper(), "default") if value == given.get(name) else "derived")
+        for name, value in effective.items()
     ]
     listed = {*SET_BY_WORKER, *Settings.model_fields}
     others = [(name.upper(), value) for name, value in engine.items() if name not in listed]

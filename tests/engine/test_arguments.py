@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 from tests.support import tiny
 from tests.support.tiny import MODEL
 from worker import settings
 from worker.engine import parse_arguments, place, remarks
-from worker.engine.arguments import SERVER_FLAGS, _Parser, changed
+from worker.engine.arguments import SERVER_FLAGS, changed, make_parser
 from worker.errors import ConfigurationError
 from worker.settings import flags, sources
 
@@ -50,7 +49,7 @@ def test_values_in_vllms_own_formats() -> None:
 
 def test_every_flag_of_vllms_parser_can_be_set() -> None:
     """Each flag gets a value that the parser accepts, and the parsed arguments contain it."""
-    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    parser = make_parser()
     settable = flags.settable(parser, SERVER_FLAGS)
     assert len(settable) > 250
     for variable, action in settable.items():
@@ -72,7 +71,7 @@ def value_for(action: argparse.Action) -> str:
         return str(next(iter(action.choices)))
     for value in ("1", "{}", '{"a": "1"}', "a=1", "auto", "x"):
         try:
-            make_arg_parser(_Parser()).parse_args(flags._flags(action, value))  # type: ignore[no-untyped-call]
+            make_parser().parse_args(flags._flags(action, value))
         except (ValueError, TypeError, argparse.ArgumentError):
             continue
         return value

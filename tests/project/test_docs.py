@@ -14,10 +14,9 @@ import vllm
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 from tests.support.tiny import ROOT
-from worker.engine.arguments import SERVER_FLAGS, _Parser
+from worker.engine.arguments import SERVER_FLAGS, make_parser
 from worker.settings import Settings, flags, legacy
 from worker.settings.reading import from_variables
 from worker.settings.sources import Variables
@@ -143,7 +142,7 @@ def is_quoted_from(message: str, template: str) -> bool:
 
 @cache
 def known() -> set[str]:
-    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    parser = make_parser()
     own = {name.upper() for name in Settings.model_fields}
     return own | flags.settable(parser, SERVER_FLAGS).keys() | legacy.aliases().keys() | OTHERS
 

@@ -45,15 +45,13 @@ INPUT = {
     "additionalProperties": False,
     "properties": {
         "name": TEXT,
-        "type": {"enum": ["string", "number", "boolean", "huggingface"]},
+        "type": {"enum": ["string", "number", "huggingface"]},
         "description": TEXT,
         "default": VALUE,
         "advanced": {"type": "boolean"},
         "options": {"type": "array", "items": OPTION},
         "min": {"type": "number"},
         "max": {"type": "number"},
-        "trueValue": TEXT,
-        "falseValue": TEXT,
     },
 }
 PRESET = {
@@ -170,7 +168,7 @@ def test_a_field_that_was_left_alone_changes_nothing(name: str) -> None:
 def test_every_value_that_the_form_offers_is_accepted(name: str) -> None:
     field = FIELDS[name]
     offered = [option["value"] for option in field.get("options", [])]
-    offered += [field[key] for key in ("trueValue", "falseValue", "min", "max") if key in field]
+    offered += [field[key] for key in ("min", "max") if key in field]
     entry = next(group[name] for group in FORM["groups"].values() if name in group)
     offered += [entry[key] for key in ("example",) if key in entry]
     for value in offered:

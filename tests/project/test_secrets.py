@@ -14,13 +14,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 from standin import WorkerProcess
 from tests.support.ports import free_port
 from tests.support.tiny import MODEL, ROOT
 from worker import redaction
-from worker.engine.arguments import SERVER_FLAGS, _Parser, changed, parse_arguments
+from worker.engine.arguments import SERVER_FLAGS, changed, make_parser, parse_arguments
 from worker.errors import ConfigurationError
 from worker.settings import Settings, flags, legacy, read_or_report, sources
 from worker.telemetry import logs
@@ -115,7 +114,7 @@ def test_secrets_in_old_settings(name: str) -> None:
 @pytest.mark.parametrize("value", [*ANYWHERE, pytest.param(json.dumps({"backend": {"key": SECRET}}), id="wrong type")])
 def test_secrets_in_vllms_flags(value: str) -> None:
     """The value is planted in every flag: in those that refuse it, and in those that accept it."""
-    parser = make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    parser = make_parser()
     # `authorization=…` would be an adapter with this name, and its path.
     names = flags.settable(parser, SERVER_FLAGS | {"lora_modules"})
     mistakes = mistakes_in(dict.fromkeys(names, value), parser)

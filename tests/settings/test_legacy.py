@@ -16,11 +16,10 @@ from pydantic.fields import FieldInfo
 from vllm.config.parallel import EPLBConfig
 from vllm.config.speculative import SpeculativeConfig
 from vllm.config.structured_outputs import StructuredOutputsConfig
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 from tests.support.tiny import MODEL, ROOT
 from worker.engine import parse_arguments, remarks
-from worker.engine.arguments import LOG_FLAGS, SERVER_FLAGS, _Parser
+from worker.engine.arguments import LOG_FLAGS, SERVER_FLAGS, make_parser
 from worker.errors import ConfigurationError
 from worker.settings import Settings, flags, legacy, reading
 from worker.settings.sources import collect
@@ -34,7 +33,7 @@ NO_SETTINGS = {"help", "model_tag", "config", "headless", "grpc"}
 
 @cache
 def parser() -> argparse.ArgumentParser:
-    return make_arg_parser(_Parser())  # type: ignore[no-untyped-call]
+    return make_parser()
 
 
 @cache

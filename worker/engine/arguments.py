@@ -57,7 +57,7 @@ class _Parser(FlexibleArgumentParser):
         raise argparse.ArgumentError(None, message)
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return vLLM's parser.
 
     Raises:
@@ -76,7 +76,7 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
         ConfigurationError: vLLM's parser or one of its checks rejects a value.
         StartupError: vLLM sees no GPU.
     """
-    parser = _make_parser()
+    parser = make_parser()
     words = _command_line(settings, parser)
     try:
         args: argparse.Namespace = parser.parse_args([f"--model={settings.model_name}", *words])
@@ -148,7 +148,7 @@ def _check_parsers(args: argparse.Namespace) -> None:
 def mistakes(settings: Settings) -> list[str]:
     """Return a sentence for every variable whose value vLLM's parser rejects."""
     try:
-        _command_line(settings, _make_parser())
+        _command_line(settings, make_parser())
     except ConfigurationError as error:
         return str(error).splitlines()
     return []
@@ -199,7 +199,7 @@ def place(args: argparse.Namespace, settings: Settings, folders: Mapping[str, Pa
 
 def remarks(settings: Settings) -> list[str]:
     """Return a warning for each variable that looks misspelt, for each flag without effect, and for unpinned code."""
-    parser = _make_parser()
+    parser = make_parser()
     own = {name.upper() for name in Settings.model_fields}
     known = {*own, *(action.dest.upper() for action in parser._actions)}
     return [
@@ -210,7 +210,7 @@ def remarks(settings: Settings) -> list[str]:
 
 
 def _unpinned_code(settings: Settings) -> Iterator[str]:
-    is_trusted = flags.BOOLEANS.get(settings.variables.values.get("TRUST_REMOTE_CODE", "").strip().lower())
+    is_trusted = flags.boolean(settings.variables.values, "TRUST_REMOTE_CODE")
     is_pinned = Path(settings.model_name).is_dir() or re.fullmatch("[0-9a-f]{40}", settings.model_revision or "")
     if (is_trusted or "trust_remote_code" in parallelism.extra_flags(settings)) and not is_pinned:
         yield (
@@ -222,13 +222,14 @@ def _unpinned_code(settings: Settings) -> Iterator[str]:
 def _without_effect(settings: Settings, of_worker: set[str]) -> Iterator[str]:
     """Yield a warning for each flag without effect that is set. The variables `of_worker` have another meaning."""
     variables, extra = settings.variables, parallelism.extra_flags(settings)
+    values = variables.values
     reasons = dict.fromkeys(SERVER_FLAGS, "it configures vLLM's HTTP server, which the worker replaces")
-    if not flags.BOOLEANS.get(variables.values.get("LOG_PROMPTS", "").strip().lower()):
+    if not flags.boolean(values, "LOG_PROMPTS"):
         reasons |= dict.fromkeys(LOG_FLAGS, "only LOG_PROMPTS=true writes prompts and completions to the log")
     for name, reason in sorted(reasons.items()):
         variable = name.upper()
-        value = "off" if variable in of_worker else variables.values.get(variable, "off")
-        is_set = flags.BOOLEANS.get(value.strip().lower(), True)
+        is_on = variable in values and flags.boolean(values, variable) is not False
+        is_set = is_on and variable not in of_worker
         if is_set or name in extra:
             yield f"{variables.described(variable) if is_set else name} has no effect: {reason}."
 
@@ -263,7 +264,7 @@ def plan(args: argparse.Namespace) -> Plan | None:
 
 def changed(args: argparse.Namespace) -> Json:
     """Return the arguments that differ from vLLM's defaults, without secrets, as JSON values."""
-    defaults = vars(_make_parser().parse_args([]))
+    defaults = vars(make_parser().parse_args([]))
     # vLLM's own key is not used.
     names = sorted(vars(args).keys() - {"api_key"})
     values = {name: value for name in names if (value := getattr(args, name)) != defaults.get(name)}

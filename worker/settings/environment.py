@@ -6,8 +6,7 @@
 import os
 from pathlib import Path
 
-from worker.settings import sources
-from worker.settings.flags import BOOLEANS
+from worker.settings import flags, sources
 from worker.settings.settings import Settings
 
 DEFAULTS = {
@@ -55,8 +54,7 @@ def prepare(settings: Settings, logging_config: Path | None = None) -> None:
         # vLLM reads only the second of OpenTelemetry's two names.
         defaults["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = protocol
     # Sleep mode is incompatible with expandable segments.
-    sleep_mode = BOOLEANS.get(values.get("ENABLE_SLEEP_MODE", "").strip().lower(), False)
-    if not sleep_mode and ALLOCATION_SETTINGS.isdisjoint(values):
+    if not flags.boolean(values, "ENABLE_SLEEP_MODE") and ALLOCATION_SETTINGS.isdisjoint(values):
         defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     # Variables of other programs count in the file too. An empty variable counts as unset.
     os.environ.update({name: value for name, value in values.items() if sources.FOREIGN.match(name)})

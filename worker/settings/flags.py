@@ -71,6 +71,11 @@ def arguments(
     return words + extra
 
 
+def boolean(values: Mapping[str, str], name: str) -> bool | None:
+    """Return a boolean variable; None if it is not set, or is no boolean."""
+    return BOOLEANS.get(values.get(name, "").strip().lower())
+
+
 def settable(parser: argparse.ArgumentParser, not_settable: frozenset[str] = frozenset()) -> dict[str, argparse.Action]:
     """Return the flags of `parser` that can be set, each under the name of its variable."""
     excluded = not_settable | NOT_SETTABLE

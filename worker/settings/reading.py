@@ -40,7 +40,7 @@ def read_or_report(environ: Mapping[str, str]) -> tuple[Settings, ConfigurationE
         ConfigurationError: even these few are wrong.
     """
     # Without the sources that may be wrong.
-    variables = sources.collect({**environ, "VLLM_CONFIG_FILE": "", "PRESET": "none"})
+    variables = sources.collect({**environ, **sources.ONLY_ENVIRONMENT})
     try:
         variables = sources.collect(environ)
         return from_variables(variables), None
