@@ -42,10 +42,11 @@ def server() -> Iterator[Server]:
 @asynccontextmanager
 async def connector(folder: str = "", **environ: str) -> AsyncIterator[Any]:
     """A connector as vLLM creates it for a request."""
-    guard = Guard(settings.read({**ENVIRONMENT, **environ}), Budget(2 << 30))
+    local_files = Path(folder) if folder else None
+    guard = Guard(settings.read({**ENVIRONMENT, **environ}), Budget(2 << 30), folder=local_files)
     patches.install(guard)
     async with aclosing(guard):
-        yield MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR, media_io_kwargs={}, allowed_local_media_path=folder)
+        yield MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR, media_io_kwargs={})
 
 
 async def load_all(kind: str, links: list[str], folder: str = "", **environ: str) -> list[Any]:
@@ -340,6 +341,6 @@ def test_an_upload_is_decoded_in_a_child_process() -> None:
 
 @pytest.mark.parametrize("data", [hostile.SESSION, b"", b"text"], ids=["a session description", "nothing", "text"])
 def test_a_hostile_upload_is_refused_by_its_kind(data: bytes) -> None:
-    with pytest.raises(RejectedMediaError, match="an audio: it") as caught:
+    with pytest.raises(RejectedMediaError, match="a sound: it") as caught:
         asyncio.run(transcribed(data))
     assert caught.value.error.status == 400

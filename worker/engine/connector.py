@@ -49,7 +49,8 @@ class Guard:
     """What all connectors share: the limits, the connections for links, and the processes that decode media.
 
     Create it in the event loop that serves. `memory` is the budget of all requests, `domains` vLLM's own list of
-    allowed hosts. Only videos of a `video_backend` other than OpenCV are decoded in this process.
+    allowed hosts. Only videos of a `video_backend` other than OpenCV are decoded in this process. file: links may lead
+    into `folder`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Guard:
         domains: Iterable[str] | None = None,
         video_backend: str = OPENCV,
         modules: Iterable[str] = ("cv2", "av"),
+        folder: Path | None = None,
     ) -> None:
         if settings.media_allow_private_networks:
             log.warning("MEDIA_ALLOW_PRIVATE_NETWORKS is set: links may lead to anything that this machine can reach")
@@ -74,6 +76,7 @@ class Guard:
         self.video_backend = video_backend
         self.decoders = Decoders(self.limits, modules)
         self.loop = asyncio.get_running_loop()
+        self._folder = folder.resolve() if folder else None
         self._memory = memory
         self._fetcher = Fetcher(policy)
         self._fetches: dict[tuple[Account, str, Limit], asyncio.Task[bytes]] = {}
@@ -90,6 +93,19 @@ class Guard:
             yield account
         finally:
             account.close()
+
+    async def file(self, url: str, kind: Kind, account: Account) -> bytes:
+        """Return the file behind a link (http:, https:, data: or file:), or raise `MediaError`."""
+        limit, in_thread = self.limits.bytes[kind], self.decoders.pool.in_thread
+        scheme = url[:5].lower()
+        if scheme == "data:":
+            await account.take_media(len(url) * 3 // 4)
+            return await in_thread(_decode_url, url, limit)
+        if scheme == "file:":
+            data: bytes = await in_thread(checks.read_file, url, self._folder, limit)
+            await account.take_media(len(data))
+            return data
+        return await self.fetch(url, limit, account)
 
     async def fetch(self, url: str, limit: Limit, account: Account) -> bytes:
         """Return the file at a link, or raise `MediaError`. Loads of one request that overlap share a fetch."""
@@ -183,7 +199,7 @@ class Connector(MediaConnector):
             with self._guard.account() as account, _as_media_errors():
                 if isinstance(media_io, VideoMediaIO) and url[: len(FRAMES)].lower() == FRAMES:
                     return await self._frames(url, media_io, account)
-                data = await self._file(url, kind, account)
+                data = await self._guard.file(url, kind, account)
                 if isinstance(media_io, ImageMediaIO):
                     return await self._image(data, media_io, account)
                 if isinstance(media_io, VideoMediaIO):
@@ -195,19 +211,6 @@ class Connector(MediaConnector):
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         """Do the same from another thread than the event loop's, as the routes of pooling models do."""
         return asyncio.run_coroutine_threadsafe(self.load_from_url_async(url, media_io), self._guard.loop).result()
-
-    async def _file(self, url: str, kind: Kind, account: Account) -> bytes:
-        """Return the file behind a link."""
-        limit, in_thread = self._limits.bytes[kind], self._guard.decoders.pool.in_thread
-        scheme = url[:5].lower()
-        if scheme == "data:":
-            await account.take_media(len(url) * 3 // 4)
-            return await in_thread(_decode_url, url, limit)
-        if scheme == "file:":
-            data: bytes = await in_thread(checks.read_file, url, self.allowed_local_media_path, limit)
-            await account.take_media(len(data))
-            return data
-        return await self._guard.fetch(url, limit, account)
 
     async def _image(
         self, data: bytes, media_io: ImageMediaIO, account: Account, count: int = 1

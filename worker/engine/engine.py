@@ -6,6 +6,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import aclosing, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -25,6 +26,7 @@ from worker.engine.startup_errors import translated
 from worker.errors import Json, StartupError
 from worker.memory import Budget
 from worker.request.asgi import App, Request, exchange
+from worker.request.rewrite import Rewrite, rewriting
 from worker.settings import Settings
 from worker.telemetry.usage import EngineLoad
 
@@ -107,20 +109,38 @@ class Engine:
         """
         guard = self._guard(memory)
         patches.install(guard)
-        app = media_errors.keep_bodies(await self._build_app(guard))
+        app = await self._build_app(guard)
+        tasks = await self._client.get_supported_tasks()
+        for rewrite in self._rewrites(guard, tasks):
+            app = rewriting(app, rewrite)
+        app = media_errors.keep_bodies(app)
         if self._media_limits:
             await guard.decoders.pool.prepare()
-        tasks = await self._client.get_supported_tasks()
         (await race.first(self._warm_up(app, tasks), self._fail_when_dead())).result()
         if "generate" in tasks:
             self._later = asyncio.create_task(_generate_structured(app))
         return app
 
+    def _rewrites(self, guard: Guard, tasks: Iterable[str]) -> list[Rewrite]:
+        """Return what changes requests before vLLM parses them. The last one sees a request first."""
+        rewrites: list[Rewrite] = []
+        # Each part adds itself here: rewrites.append(...)
+        del guard, tasks
+        return rewrites
+
     def _guard(self, memory: Budget) -> Guard:
         """Return the guard for this model's media. Its processes import only the libraries that the model needs."""
         modules = [library for kind, library in DECODERS.items() if self._media_limits.get(kind)]
         video = (self._args.media_io_kwargs or {}).get("video", {})
-        return Guard(self._settings, memory, self._args.allowed_media_domains, video.get("backend", OPENCV), modules)
+        args, folder = self._args, self._args.allowed_local_media_path
+        return Guard(
+            self._settings,
+            memory,
+            args.allowed_media_domains,
+            video.get("backend", OPENCV),
+            modules,
+            Path(folder) if folder else None,
+        )
 
     async def _build_app(self, guard: Guard) -> App:
         await self._client.reset_mm_cache()

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
 from http import HTTPStatus
@@ -22,6 +22,7 @@ from worker.request.asgi import App, Message, Receive, Send
 from worker.telemetry.usage import current_usage
 from worker.threads import Result
 
+NOUNS: Mapping[Kind, str] = {"image": "an image", "video": "a video", "audio": "a sound", "document": "a document"}
 _TOO_MANY = re.compile(r"At most (\d+) (image|video|audio)")
 
 THREADS = 2
@@ -96,7 +97,7 @@ def _rejected(error: MediaError, url: str, kind: Kind) -> RejectedMediaError:
     """Complete an error. May parse the body: use a thread."""
     body = current_body.get()
     path = body.parts().path_of(url) if body else None
-    message = f"{path or 'The request'}, {'a' if kind == 'video' else 'an'} {kind}: {error}."
+    message = f"{path or 'The request'}, {NOUNS[kind]}: {error}."
     return RejectedMediaError(_counted(type(error)(message, param=path)))
 
 

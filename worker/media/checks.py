@@ -12,12 +12,13 @@ from worker.errors import MediaError, MediaTooLargeError, RefusedLinkError
 from worker.media.formats import fits, has_external_references, media_type
 from worker.settings.settings import Settings
 
-Kind = Literal["image", "video", "audio"]
+Kind = Literal["image", "video", "audio", "document"]
 
 FORMATS: Mapping[Kind, str] = {
     "image": "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF",
     "video": "MP4, MOV, WebM, MKV, AVI, GIF, and lists of JPEG frames",
     "audio": "WAV, MP3, FLAC, OGG, AAC, M4A, and the audio tracks of MP4, MOV and WebM",
+    "document": "PDF",
 }
 
 

@@ -11,6 +11,7 @@ KEYS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("image", "image_url", "input_image"),
     "video": ("video", "video_url", "input_video"),
     "audio": ("audio_url", "input_audio"),
+    "document": ("file", "input_file", "document"),
 }
 """The values of a part's `type` for each kind, in the APIs of OpenAI, vLLM and Anthropic."""
 

@@ -78,7 +78,8 @@ class Settings(BaseModel):
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode; for Prometheus."""
     worker_api_key: tuple[str, ...] = ()
-    """The API keys that HTTP callers may use, separated by commas. Default: no key is needed."""
+    """The API keys that HTTP callers may use, separated by commas. `NAME:KEY` gives a key a name for log lines and
+    metrics. Default: no key is needed."""
     max_request_bytes: int = Field(default=30_000_000, ge=1)
     """The largest request body over HTTP, in bytes."""
     max_total_request_bytes: int | None = Field(default=None, ge=1)
@@ -89,7 +90,7 @@ class Settings(BaseModel):
     playground: Boolean = False
     """Serve a page at `/` to try the model in a browser. The page is public; its requests need a key."""
     media_fetch_timeout: float = Field(default=20.0, gt=0)
-    """Seconds for downloading one image, video or sound from a link."""
+    """Seconds for downloading one file from a link."""
     media_allowed_domains: tuple[str, ...] = ()
     """The only hosts that links may point to; `*.example.org` means every subdomain. Default: all public hosts."""
     media_allowed_ports: tuple[int, ...] = (80, 443, 8080, 8443)
@@ -110,6 +111,14 @@ class Settings(BaseModel):
     """The longest video, in seconds."""
     max_video_pixels: int = Field(default=1_000_000_000, ge=1)
     """The largest sum of pixels of all frames sampled from one video."""
+    max_document_bytes: int = Field(default=50_000_000, ge=1)
+    """The largest document file, in bytes."""
+    max_document_pages: int = Field(default=50, ge=1)
+    """The most pages of one document."""
+    document_page_pixels: int = Field(default=2_000_000, ge=1)
+    """The most pixels of one page: pages are drawn with 200 dots per inch, or fewer to stay within this."""
+    document_decode_timeout: float = Field(default=60.0, gt=0)
+    """Seconds for drawing the pages of one document."""
     video_max_frames: int | None = Field(default=None, ge=1)
     """The largest number of frames sampled from one video. Default: vLLM's own for the model."""
     media_decode_timeout: float = Field(default=120.0, gt=0)
@@ -136,6 +145,23 @@ class Settings(BaseModel):
     """Seconds without any sign of life after which an engine with requests counts as dead."""
     startup_failure: Annotated[Literal["report", "exit"], Lowercase] = "report"
     """What a worker does that cannot start: `report` the cause to its callers for a while, or `exit` at once."""
+    lora_allow: tuple[str, ...] = ()
+    """The LoRA adapters that a request may load by its `model`: names (ORG/NAME, or of folders in `ADAPTER_FOLDER`) or
+    patterns such as `ORG/*`, separated by commas. Default: only the adapters in `LORA_MODULES`."""
+    adapter_folder: Path | None = None
+    """A folder whose subfolders are LoRA adapters. Requests may load those that `LORA_ALLOW` matches."""
+    result_folder: Path | None = None
+    """The folder that keeps results too large for RunPod's queue, for example on the network volume."""
+    bucket_endpoint_url: str | None = None
+    """The S3 server that keeps results too large for RunPod's queue. Default: a job's own `s3Config`."""
+    bucket_name: str | None = None
+    """The bucket on `BUCKET_ENDPOINT_URL`. Default: the first part of that URL's path."""
+    bucket_access_key_id: str | None = None
+    """The access key for `BUCKET_ENDPOINT_URL`."""
+    bucket_secret_access_key: str | None = None
+    """The secret for `BUCKET_ACCESS_KEY_ID`."""
+    result_url_seconds: int = Field(default=604_800, ge=1, le=604_800)
+    """Seconds for which the link to a stored result is valid; S3 allows seven days at most."""
     allow_control_routes: Boolean = False
     """Allow requests to all of vLLM's routes, including those that load LoRA adapters or start the profiler."""
     vllm_extra_args: str = ""
@@ -163,7 +189,9 @@ class Settings(BaseModel):
 
     _variables: Variables = PrivateAttr(default=Variables({}, {}))
 
-    @field_validator("worker_api_key", "allowed_hosts", "media_allowed_domains", "media_allowed_ports", mode="before")
+    @field_validator(
+        "worker_api_key", "allowed_hosts", "lora_allow", "media_allowed_domains", "media_allowed_ports", mode="before"
+    )
     @classmethod
     def _split(cls, text: Any) -> Any:
         if not isinstance(text, str):
