@@ -152,6 +152,17 @@ def test_all_routes_but_ping_and_health_need_a_valid_key(headers: dict[str, str]
         assert status != 401 or "WORKER_API_KEY" in error_of(response)["message"]
 
 
+@pytest.mark.parametrize(("key", "name"), [("one", "ann"), ("two", None)])
+def test_the_log_line_of_a_request_has_the_name_of_its_key(
+    key: str, name: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), serving(worker_api_key="ann:one, two") as worker:
+        assert worker.post(headers={"x-api-key": f"ann:{key}"}).status_code == 401
+        assert worker.post(headers={"x-api-key": key}).status_code == 200
+    (line,) = (vars(record) for record in caplog.records if "outcome" in vars(record))
+    assert line["key"] == name
+
+
 def test_a_cors_preflight_needs_no_key_but_other_options_requests_do() -> None:
     preflight = {"origin": "http://page.example", "access-control-request-method": "POST"}
     with serving(worker_api_key="key") as worker:

@@ -321,6 +321,9 @@ class ScriptedEngine:
         body = (await receive())["body"]
         if scope["path"] == "/v1/models":
             await send_json(send, 200, {"data": [{"id": "one"}, {"id": "two"}]})
+        elif scope["path"] == "/v1/audio/transcriptions":
+            self.requests.append(json.loads(body))
+            await send_json(send, 200, {"text": HTML})
         else:
             await self._answer(json.loads(body), receive, send)
 
@@ -412,6 +415,44 @@ def test_the_api_key_settings_errors_and_the_stop_button_work(browser: Browser) 
 
 
 @needs_browser
+def test_a_pdf_and_a_sound_can_be_dropped(browser: Browser) -> None:
+    engine = ScriptedEngine()
+    with serving(engine, playground=True) as worker:
+        browser.open(f"{worker.url}/")
+        browser.wait_for_status("Ready.")
+        browser.drop(b"%PDF-", "application/pdf")
+        browser.wait_until(lambda: browser.all("#attached figure"))
+        assert not browser.find("#transcribe").is_displayed()
+        browser.send("Sum up")
+        assert browser.last_answer() == HTML
+        url = "data:application/pdf;base64,JVBERi0="
+        file = {"type": "file", "file": {"filename": "dropped", "file_data": url}}
+        assert engine.requests[-1]["messages"][0]["content"] == [file, {"type": "text", "text": "Sum up"}]
+
+        browser.drop(b"RIFF", "audio/wav")
+        browser.wait_until(lambda: browser.all("#attached audio"))
+        browser.send("Answer")
+        assert browser.last_answer() == HTML
+        sound = {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64,UklGRg=="}}
+        assert engine.requests[-1]["messages"][-1]["content"][0] == sound
+
+        browser.drop(b"RIFF", "audio/wav")
+        browser.wait_until(browser.find("#transcribe").is_displayed)
+        browser.find("#message").send_keys("kept")
+        browser.find("#transcribe").click()
+        browser.wait_until(lambda: len(browser.all("article.model")) == 3)
+        assert browser.last_answer() == HTML
+        assert browser.find("#message").get_property("value") == "kept"
+        assert engine.requests[-1] == {"model": "one", "file": "data:audio/wav;base64,UklGRg=="}
+        url, body = parse_curl(browser.text("#curl"))
+        assert (url, body["model"]) == (f"{worker.url}/v1/audio/transcriptions", "one")
+        python = browser.text("#python")
+        ast.parse(python)
+        assert 'client.audio.transcriptions.create(model="one", file=sound)' in python
+        assert not [error for error in browser.errors() if "Content Security Policy" in error]
+
+
+@needs_browser
 def test_the_page_is_accessible_responsive_and_has_a_dark_scheme(browser: Browser, tmp_path: Path) -> None:
     with serving(ScriptedEngine(), playground=True) as worker:
         browser.open(f"{worker.url}/")
@@ -433,7 +474,7 @@ def test_the_page_is_accessible_responsive_and_has_a_dark_scheme(browser: Browse
             "Tokens at most",
             "Remove red.png",
             "Message (Enter sends it, Shift and Enter makes a new line)",
-            "Add image or video",
+            "Add a file",
             "Send",
         ]
         browser.find("#attached button").click()
@@ -441,7 +482,7 @@ def test_the_page_is_accessible_responsive_and_has_a_dark_scheme(browser: Browse
         browser.drop(picture("red"), "image/png")
         browser.wait_until(lambda: browser.all("#attached img"))
         browser.drop(b"Once", "text/plain")
-        browser.wait_for_status("dropped is neither an image nor a video.")
+        browser.wait_for_status("dropped is no image, video, sound or PDF.")
         assert (browser.find("#log").aria_role, browser.find("#log").get_attribute("aria-live")) == ("log", "polite")
 
         light, dark = browser.colours("light"), browser.colours("dark")

@@ -26,7 +26,7 @@ from worker.http.own_routes import OwnRoutes
 from worker.http.protocol import REFUSED
 from worker.lifecycle import Lifecycle
 from worker.request.asgi import App, Message, Receive, Send, header, with_headers
-from worker.request.pipeline import Pipeline, send_error
+from worker.request.pipeline import KEY_NAME, Pipeline, send_error
 from worker.request.routes import OWN_ROUTES, ROUTES, method_of
 from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
@@ -61,7 +61,7 @@ class Gate:
         self._pipeline = pipeline
         self._body_seconds = body_seconds
         self._serves_engine = settings.mode == "http"
-        self._keys = [key.encode() for key in settings.worker_api_key]
+        self._keys = [(key.encode(), name) for key, name in settings.api_keys.items()]
         # The page needs no key, because it holds no secret. Its requests do.
         self._playground = playground.app("v1") if self._serves_engine and settings.playground else None
         self._hosts = hosts.allowed(settings)
@@ -141,8 +141,10 @@ class Gate:
         # Anthropic's clients send x-api-key, and so do callers who need the other header for RunPod's key.
         given = (bearer.strip() if scheme.lower() == b"bearer" else b"", header(scope, b"x-api-key"))
         # Every pair is compared, so that the time does not reveal how much of a key is right.
-        if not sum(hmac.compare_digest(key, candidate) for key in self._keys for candidate in given):
+        names = [name for key, name in self._keys for candidate in given if hmac.compare_digest(key, candidate)]
+        if not names:
             raise UnauthorizedError
+        scope["state"][KEY_NAME] = names[0]
 
     def _check_route(self, method: str, path: str) -> None:
         if not self._serves_engine:
