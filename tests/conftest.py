@@ -22,6 +22,7 @@ from tests.support.ports import free_port
 
 COMMAND = [sys.executable, "handler.py"]
 API_KEY = "key-that-no-log-may-hold"
+TEAM_KEY = "named-key-that-no-log-may-hold"
 START_SECONDS = 180
 
 
@@ -158,6 +159,7 @@ def http_worker(tmp_path_factory: pytest.TempPathFactory, collector: Collector) 
     """A worker in HTTP mode, shared by all tests."""
     folder = tmp_path_factory.mktemp("http_worker")
     environment = {
+        "WORKER_API_KEY": f"{API_KEY},team-a:{TEAM_KEY}",
         "HF_TOKEN": "hf_token-that-no-log-may-hold",
         "REQUEST_TIMEOUT": "5",
         "MEDIA_ALLOW_PRIVATE_NETWORKS": "true",

@@ -64,7 +64,10 @@ def test_a_client_that_leaves_before_its_body_is_complete_reaches_the_app() -> N
     async def send(_message: Message) -> None:
         raise AssertionError("nobody takes a response")
 
-    asyncio.run(rewriting(app, to_text)(Request("POST", "/").scope(), receive, send))
+    async def request() -> None:
+        await rewriting(app, to_text)(Request("POST", "/").scope(), receive, send)
+
+    asyncio.run(request())
     assert seen == ["http.disconnect"]
 
 

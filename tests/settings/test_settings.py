@@ -168,6 +168,20 @@ def test_keys_are_separated_by_commas() -> None:
     assert read({"WORKER_API_KEY": " a, b,,"}).worker_api_key == ("a", "b")
 
 
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        pytest.param("k1, k2", {"k1": "", "k2": ""}, id="keys without names"),
+        pytest.param("ann:k1,bob:k2,k3", {"k1": "ann", "k2": "bob", "k3": ""}, id="keys with names"),
+        pytest.param("ann:k1,ann:k2", {"k1": "ann", "k2": "ann"}, id="two keys of one name"),
+        pytest.param("ann:k:1", {"k:1": "ann"}, id="a key with a colon"),
+        pytest.param("ann:", {"ann:": ""}, id="nothing after the colon"),
+    ],
+)
+def test_an_api_key_may_have_a_name(text: str, keys: dict[str, str]) -> None:
+    assert read({"WORKER_API_KEY": text}).api_keys == keys
+
+
 def test_secrets_are_not_public() -> None:
     environ = {"HF_TOKEN": "s3cret", "WORKER_API_KEY": "s3cret", "VLLM_EXTRA_ARGS": "--api-key s3cret"}
     public = read({**environ, "RUNPOD_WEBHOOK_GET_JOB": "http://s3cret?", "PORT": "1"}).public()

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from worker.telemetry.jobs import Telemetry, outcome_of
+from worker.telemetry.jobs import MAX_ADAPTERS, Telemetry, outcome_of
 from worker.telemetry.usage import EngineUsage, Fetch, Usage, current_usage
 
 Request = Callable[[], EngineUsage]
@@ -70,6 +70,30 @@ def test_the_requests_of_a_job_are_summed_up(caplog: pytest.LogCaptureFixture) -
     assert line["modalities"] == {"text": 1, "image": 1, "video": 1}
 
 
+def test_tokens_are_counted_for_each_adapter_and_each_named_key(caplog: pytest.LogCaptureFixture) -> None:
+    telemetry = Telemetry("m", CollectorRegistry())
+    for key, adapter, tokens in (("ann", "poet", 1), ("ann", "poet", 2), ("ann", None, 4), ("", "poet", 8)):
+        with caplog.at_level(logging.INFO), telemetry.job("job-1", "/tokenize", {}, key) as record:
+            record.usage.add(request(adapter=adapter, completion_tokens=tokens))
+        assert vars(caplog.records[-1])["key"] == (key or None)
+    counted = {name: value for name, value in samples(telemetry).items() if "'output'" in name}
+    assert counted == {
+        "worker_tokens_total['ann', 'output', 'poet']": 3,
+        "worker_tokens_total['', 'ann', 'output']": 4,
+        "worker_tokens_total['', 'output', 'poet']": 8,
+    }
+
+
+def test_metrics_name_a_limited_number_of_adapters() -> None:
+    telemetry = Telemetry("m", CollectorRegistry())
+    for number in range(MAX_ADAPTERS + 10):
+        with telemetry.job("job-1", "/tokenize", {}) as record:
+            record.usage.add(request(adapter=f"org/adapter-{number}", completion_tokens=1))
+    counted = {name: value for name, value in samples(telemetry).items() if "'output'" in name}
+    assert len(counted) == MAX_ADAPTERS + 1
+    assert counted["worker_tokens_total['', 'other', 'output']"] == 10
+
+
 def test_a_job_without_a_status_was_cancelled(caplog: pytest.LogCaptureFixture) -> None:
     telemetry = Telemetry("m", CollectorRegistry())
     with caplog.at_level(logging.INFO), telemetry.job("job-1", "/tokenize", {}):
@@ -96,8 +120,8 @@ def test_jobs_are_counted_by_route_outcome_and_modality(caplog: pytest.LogCaptur
     assert metrics["worker_jobs_total['/v1/responses/{id}/cancel', 'ok', 'text']"] == 1
     assert metrics["worker_jobs_total['/v1/chat/completions', 'image+video', 'ok']"] == 1
     assert metrics["worker_jobs_total['control', 'ok', 'text']"] == 1
-    assert metrics["worker_tokens_total['input']"] == 14
-    assert metrics["worker_tokens_total['output']"] == 6
+    assert metrics["worker_tokens_total['', '', 'input']"] == 14
+    assert metrics["worker_tokens_total['', '', 'output']"] == 6
     assert metrics["worker_job_seconds_count[]"] == 3
     assert metrics["worker_jobs_running[]"] == 0
 

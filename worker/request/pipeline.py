@@ -33,6 +33,8 @@ from worker.telemetry.logs import frames
 FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 """The content types of bodies that are not JSON. Some routes of vLLM parse all others, whatever their type."""
 TRACE_HEADERS = (b"traceparent", b"tracestate")
+KEY_NAME = "worker.key_name"
+"""The name of the caller's API key in the state of a request's scope."""
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class Recorder:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         request_id = header(scope, b"x-request-id").decode("latin-1")
         trace = {name.decode(): header(scope, name).decode("latin-1") for name in TRACE_HEADERS}
-        with self._telemetry.job(request_id, label_of(scope["path"]), trace) as record:
+        key = scope["state"].get(KEY_NAME, "")
+        with self._telemetry.job(request_id, label_of(scope["path"]), trace, key) as record:
             status, has_left = 0, False
 
             async def receive_noting() -> Message:

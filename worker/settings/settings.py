@@ -1,6 +1,7 @@
 """The worker's own settings as one frozen object. `flags.py` turns the other variables into vLLM's arguments."""
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from worker.settings.sources import DEFAULT_MODEL, Variables
 MAX_CONCURRENCY = 512
 """The most requests at once that a worker accepts, whatever `MAX_CONCURRENCY` says."""
 QUEUE_CONCURRENCY = 250
+_KEY_NAME = re.compile(r"([\w.-]{1,64}):(?=.)", re.ASCII)
 
 Lowercase = BeforeValidator(lambda text: text.strip().lower() if isinstance(text, str) else text)
 Boolean = Annotated[bool, Lowercase]
@@ -78,8 +80,8 @@ class Settings(BaseModel):
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Another port for `/ping`, `/health`, `/info` and `/metrics`, in every mode; for Prometheus."""
     worker_api_key: tuple[str, ...] = ()
-    """The API keys that HTTP callers may use, separated by commas. `NAME:KEY` gives a key a name for log lines and
-    metrics. Default: no key is needed."""
+    """The API keys that HTTP callers may use, separated by commas. `NAME:KEY` gives a key a name, which log lines and
+    metrics show. Default: no key is needed."""
     max_request_bytes: int = Field(default=30_000_000, ge=1)
     """The largest request body over HTTP, in bytes."""
     max_total_request_bytes: int | None = Field(default=None, ge=1)
@@ -233,6 +235,15 @@ class Settings(BaseModel):
         if self.runpod_webhook_get_job:
             return "queue"
         return "http" if self.port or self.runpod_endpoint_id or self.runpod_pod_id or self.worker_image else "local"
+
+    @cached_property
+    def api_keys(self) -> dict[str, str]:
+        """The API keys, and the name of each; "" for those without one."""
+        named = map(_KEY_NAME.match, self.worker_api_key)
+        return {
+            key[match.end() :] if match else key: match[1] if match else ""
+            for key, match in zip(self.worker_api_key, named, strict=True)
+        }
 
     @property
     def is_pod(self) -> bool:

@@ -24,6 +24,10 @@ Outcome = Literal["ok", "client_error", "engine_error", "cancelled", "timeout"]
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 TIMEOUTS = (408, 504)
+MAX_ADAPTERS = 100
+"""How many adapters have series of their own in metrics."""
+OTHER = "other"
+"""The label of all other adapters."""
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -44,6 +48,8 @@ class Record:
     request_id: str
     route: str = ""
     """The route, out of a bounded set."""
+    key: str = ""
+    """The name of the caller's API key; "" without one."""
     stream: bool = False
     status: int | None = None
     outcome: Outcome = "cancelled"
@@ -73,6 +79,7 @@ class Record:
             "request_id": self.request_id,
             "route": self.route,
             "adapter": usage.adapter,
+            "key": self.key or None,
             "stream": self.stream,
             "modalities": {"text": 1, **usage.media},
             "input_tokens": usage.prompt_tokens,
@@ -105,7 +112,8 @@ class Telemetry:
         build.labels(__version__, model).set(1)
         gauge("worker_jobs_running", "Jobs that run or wait in the engine.").set_function(lambda: self.running)
         self._jobs = counter("worker_jobs", "Jobs that have ended.", ["route", "outcome", "modality"])
-        self._tokens = counter("worker_tokens", "Tokens of jobs.", ["direction"])
+        self._tokens = counter("worker_tokens", "Tokens of jobs.", ["direction", "adapter", "key"])
+        self._adapters: set[str] = set()
         self._total = histogram("worker_job_seconds", "From a job's arrival to its end.")
         self._first = histogram("worker_time_to_first_token_seconds", "From a job's arrival to its first token.")
         self._queued = histogram("worker_queue_delay_seconds", "A job's wait in the engine's queue.")
@@ -120,14 +128,15 @@ class Telemetry:
         self.stream_posts = counter("worker_stream_posts", "Parts of streams posted to RunPod's queue.")
 
     @contextmanager
-    def job(self, request_id: str, route: str, headers: Mapping[str, str]) -> Iterator[Record]:
+    def job(self, request_id: str, route: str, headers: Mapping[str, str], key: str = "") -> Iterator[Record]:
         """Keep the record of one job. The engine adds its requests within the block to the job's usage.
 
+        `key` is the name of the caller's API key, out of those in the settings.
         If `headers` name the caller's span, it becomes the parent of the job's span.
         """
         span = self._tracer.start_span("job", _PROPAGATOR.extract(headers), SpanKind.SERVER)
         # The job loop sets the usage of a queue job, to see when the job reaches the engine.
-        record = Record(request_id, route, usage=current_usage.get() or Usage())
+        record = Record(request_id, route, key, usage=current_usage.get() or Usage())
         _PROPAGATOR.inject(record.trace_headers, trace.set_span_in_context(span))
         token = current_usage.set(record.usage)
         self.running += 1
@@ -145,8 +154,9 @@ class Telemetry:
         summary = record.summary()
         media = {kind: count for kind, count in summary["modalities"].items() if kind != "text"}
         self._jobs.labels(record.route, record.outcome, "+".join(sorted(media)) or "text").inc()
-        self._tokens.labels("input").inc(summary["input_tokens"])
-        self._tokens.labels("output").inc(summary["output_tokens"])
+        adapter = self._label_of(summary["adapter"] or "")
+        for direction in ("input", "output"):
+            self._tokens.labels(direction, adapter, record.key).inc(summary[f"{direction}_tokens"])
         self._total.observe(summary["total_seconds"])
         for histogram, name in ((self._first, "ttft_seconds"), (self._queued, "queue_seconds")):
             if (seconds := summary[name]) is not None:
@@ -171,6 +181,12 @@ class Telemetry:
             summary["output_tokens"],
             extra={"model": self._model, **summary},
         )
+
+    def _label_of(self, adapter: str) -> str:
+        """Return an adapter's name for metrics. Callers may load any number of adapters, one after the other."""
+        if len(self._adapters) < MAX_ADAPTERS:
+            self._adapters.add(adapter)
+        return adapter if adapter in self._adapters else OTHER
 
 
 def _rounded(seconds: float | None) -> float | None:
