@@ -1,8 +1,9 @@
-"""Ask an endpoint a question, with images and videos if you like.
+"""Ask an endpoint a question, about images, videos, sounds and documents if you like.
 
     RUNPOD_API_KEY=… python examples/client.py --endpoint ENDPOINT_ID "Tell me a story" --stream
     RUNPOD_API_KEY=… python examples/client.py --endpoint ENDPOINT_ID "What is this?" --image photo.jpg
     API_KEY=… python examples/client.py --base-url http://127.0.0.1:8000/v1 "What happens?" --video film.mp4
+    API_KEY=… python examples/client.py --base-url http://127.0.0.1:8000/v1 "Sum up" --document report.pdf
 
 With --endpoint, the question is a job in the endpoint's queue, and the job's status is shown until text arrives. With
 --base-url, it is a request in OpenAI's protocol. Needs: pip install openai requests
@@ -80,8 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", help="the question")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE_OR_URL", help="may be repeated")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE_OR_URL", help="may be repeated")
+    for flag in ("--image", "--video", "--sound", "--document"):
+        parser.add_argument(flag, action="append", default=[], metavar="FILE_OR_URL", help="may be repeated")
     parser.add_argument("--stream", action="store_true", help="print the text as it arrives")
     parser.add_argument("--max-tokens", type=int, default=500)
     parser.add_argument("--model", help="for --base-url: the model's name (default: the first model of the server)")
@@ -93,21 +94,29 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def content(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the message's parts: images, videos, text."""
-    media = [("image", source) for source in options.image] + [("video", source) for source in options.video]
-    parts: list[dict[str, Any]] = [
-        {"type": f"{kind}_url", f"{kind}_url": {"url": as_url(source, kind)}} for kind, source in media
+    """Return the message's parts: files, then the text."""
+    media = [("image", options.image), ("video", options.video), ("audio", options.sound)]
+    parts = [
+        {"type": f"{kind}_url", f"{kind}_url": {"url": as_url(source, kind)}}
+        for kind, files in media
+        for source in files
     ]
-    return [*parts, {"type": "text", "text": options.text}]
+    return [*parts, *map(document, options.document), {"type": "text", "text": options.text}]
+
+
+def document(source: str) -> dict[str, Any]:
+    """Return the part for a PDF."""
+    url = as_url(source, "application/pdf")
+    return {"type": "file", "file": {"file_data" if url.startswith("data:") else "file_url": url}}
 
 
 def as_url(source: str, kind: str) -> str:
-    """Return a URL unchanged, and a file as a `data:` URL."""
+    """Return a URL unchanged, and a file as a `data:` URL. `kind` is the beginning of its media type."""
     if source.startswith(("http://", "https://", "data:")):
         return source
     media_type = mimetypes.guess_type(source)[0] or ""
-    if not media_type.startswith(f"{kind}/") and media_type != "image/gif":
-        raise NoAnswerError(f"The extension of {source} is not that of {'an' if kind == 'image' else 'a'} {kind}.")
+    if not media_type.startswith(kind) and (kind, media_type) != ("video", "image/gif"):
+        raise NoAnswerError(f"The extension of {source} is not one of {kind} files.")
     return f"data:{media_type};base64,{base64.b64encode(Path(source).read_bytes()).decode()}"
 
 
@@ -171,7 +180,14 @@ def follow(session: requests.Session, url: str, job_id: str, stream: bool) -> It
         answer = json_of(session.get(f"{url}/status/{job_id}", timeout=60))
         raise NoAnswerError(f"The job ended with status {status}: {reason(answer.get('error'))}")
     if not stream:
-        yield text_of(answer["output"])
+        yield text_of(whole(answer["output"]))
+
+
+def whole(output: Any) -> Any:
+    """Return a job's output. The worker stores one that is too large for the queue, and returns a link to it."""
+    if not (isinstance(output, dict) and "result_url" in output):
+        return output
+    return json_of(requests.get(output["result_url"], timeout=600))
 
 
 def text_of(output: Any) -> str:

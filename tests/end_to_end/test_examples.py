@@ -81,7 +81,7 @@ def test_the_client_reports_errors(endpoint: Endpoint, links: Server, base_url: 
     wrong_api = run("client.py", "?", "--endpoint", "local", "--api", endpoint.server.url, code=1)
     assert "has no endpoint with this ID" in wrong_api.stderr
     wrong_file = run("client.py", "?", "--video", ROOT / "README.md", "--base-url", base_url, code=1)
-    assert "README.md is not that of a video" in wrong_file.stderr
+    assert "README.md is not one of video files" in wrong_file.stderr
     assert "error: Error code: 401" in run("client.py", "?", "--base-url", base_url, key="wrong", code=1).stderr
 
 
