@@ -52,10 +52,10 @@ class Server:
 
 
 @contextmanager
-def vllm_serve(log: Path) -> Iterator[Server]:
-    """Run vLLM's own server."""
+def vllm_serve(log: Path, **environment: str) -> Iterator[Server]:
+    """Run vLLM's own server, by default with the embedded model."""
     port = free_port()
-    environ = tiny.environment()
+    environ = tiny.environment() | environment
     flags = ["--port", str(port), "--disable-uvicorn-access-log", *vllm_flags(environ)]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
     with _process(command, environ, log) as process:

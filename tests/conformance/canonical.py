@@ -75,7 +75,14 @@ def _without(json_value: Any, names: Iterable[str]) -> Any:
 def _choice(event: Any) -> tuple[int, int]:
     """Return the key by which events are sorted: events without choices, events by choice, then those without any."""
     choices = event[1].get("choices") if isinstance(event, list) and isinstance(event[1], dict) else None
-    return (1, choices[0]["index"]) if choices else (0, 0) if choices is None and isinstance(event, list) else (2, 0)
+    # The chunks of speech have one choice, without an index.
+    return (
+        (1, choices[0].get("index", 0))
+        if choices
+        else (0, 0)
+        if choices is None and isinstance(event, list)
+        else (2, 0)
+    )
 
 
 class _DifferentError(Exception):

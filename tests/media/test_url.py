@@ -40,6 +40,20 @@ def test_base64_of_a_video_becomes_a_data_url(head: bytes, media_type: str) -> N
     assert media_url.from_text(text, "video") == f"data:{media_type};base64,{text}"
 
 
+@pytest.mark.parametrize(
+    ("head", "kind", "media_type"),
+    [
+        pytest.param(b"RIFF\x00\x00\x00\x00WAVEfmt ", "audio", "audio/wav", id="wav"),
+        pytest.param(b"ID3\x03\x00\x00\x00\x00\x10\x00", "audio", "audio/mpeg", id="mp3 with a tag"),
+        pytest.param(b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00", "audio", "video/mp4", id="mp4"),
+        pytest.param(b"%PDF-1.7\n", "document", "application/pdf", id="pdf"),
+    ],
+)
+def test_base64_of_a_sound_or_a_document_becomes_a_data_url(head: bytes, kind: str, media_type: str) -> None:
+    text = encoded(head + bytes(60))
+    assert media_url.from_text(text, kind) == f"data:{media_type};base64,{text}"
+
+
 @pytest.mark.parametrize("url", ["https://example.org/a.png", "data:image/png;base64,AAAA", "file:///a.png"])
 def test_a_url_is_left_unchanged(url: str) -> None:
     assert media_url.from_text(url, "image") == url

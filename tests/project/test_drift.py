@@ -21,8 +21,9 @@ from vllm.entrypoints.pooling.scoring import api_router as scoring
 from vllm.entrypoints.serve.exception_handling import utils as messages
 from vllm.entrypoints.serve.lora import api_router as lora
 from vllm.entrypoints.serve.utils import api_utils
+from vllm.entrypoints.speech_to_text import factories
 from vllm.entrypoints.speech_to_text.base import serving as speech
-from vllm.inputs.engine import MultiModalInput
+from vllm.inputs.engine import EncoderDecoderInput, MultiModalInput
 from vllm.multimodal.video_decoders import opencv
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -34,6 +35,7 @@ from vllm.v1.structured_output import backend_xgrammar
 
 from tests.support.tiny import MODEL, ROOT
 from worker import engine, settings
+from worker.engine.speech import HANDLERS
 from worker.queue.handler import JobHandler
 from worker.request import routes
 
@@ -166,6 +168,14 @@ def test_the_engine_exposes_the_progress_of_a_request() -> None:
     assert times <= RequestStateStats.__dataclass_fields__.keys()
     assert inspect.signature(IncrementalDetokenizer.num_output_tokens).parameters.keys() == {"self"}
     assert "mm_placeholders" in MultiModalInput.__annotations__
+    assert "decoder_prompt" in EncoderDecoderInput.__annotations__
+
+
+def test_the_handlers_for_speech_have_the_attributes_that_the_worker_uses() -> None:
+    source = inspect.getsource(speech.SpeechToTextBaseServing.__init__)
+    used = {"asr_config", "max_audio_decode_duration_s", "max_audio_decode_bytes", "_decode_and_chunk_speech_async"}
+    assert used <= set(re.findall(r"self\.(\w+)", source))
+    assert set(re.findall(r"state\.(\w+)", inspect.getsource(factories.init_speech_to_text_state))) >= HANDLERS
 
 
 def test_a_request_can_use_another_output_collector() -> None:
@@ -177,7 +187,13 @@ def test_a_request_can_use_another_output_collector() -> None:
 @pytest.mark.parametrize(
     ("user", "call"),
     [
-        pytest.param(speech.SpeechToTextBaseServing, "load_audio(", id="uploads for transcription"),
+        pytest.param(
+            speech.SpeechToTextBaseServing, "await self._decode_and_chunk_speech_async(audio_data)", id="uploads"
+        ),
+        pytest.param(speech.SpeechToTextBaseServing, "io.BytesIO(audio_data) as buf", id="samples of uploads"),
+        pytest.param(
+            speech.SpeechToTextBaseServing, "= load_audio(\n                    buf,", id="decoding of uploads"
+        ),
         pytest.param(opencv.decode_opencv, "OpenCVVideoBackendMixin.open_video_capture(data)", id="videos"),
         pytest.param(fastapi_routing.get_request_handler, "solve_dependencies(", id="bodies, first step"),
         pytest.param(fastapi_dependencies.solve_dependencies, "await request_body_to_args(", id="bodies, second step"),

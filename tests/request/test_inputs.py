@@ -10,6 +10,8 @@ from worker.request.inputs import ApiCall, JobInput
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(40)).decode()
+PDF = base64.b64encode(b"%PDF-1.7\n" + bytes(40)).decode()
+WAV = base64.b64encode(b"RIFF\0\0\0\0WAVEfmt " + bytes(40)).decode()
 MP4 = base64.b64encode(b"\x00\x00\x00\x20ftypisom" + bytes(40)).decode()
 
 
@@ -27,6 +29,18 @@ def image_part(url: str) -> dict[str, Any]:
 
 def video_part(url: str) -> dict[str, Any]:
     return {"type": "video_url", "video_url": {"url": url}}
+
+
+def audio_part(url: str) -> dict[str, Any]:
+    return {"type": "audio_url", "audio_url": {"url": url}}
+
+
+def file_part(**fields: str) -> dict[str, Any]:
+    return {"type": "file", "file": fields}
+
+
+def speech(route: str, **fields: Any) -> ApiCall:
+    return ApiCall("POST", f"/v1/audio/{route}", "", fields)
 
 
 def text_part(text: str) -> dict[str, Any]:
@@ -128,6 +142,56 @@ def text_part(text: str) -> dict[str, Any]:
             chat(messages=user(video_part("http://example.org/a.mp4"), text_part("?")), max_tokens=9),
             id="video",
         ),
+        pytest.param(
+            {"prompt": "?", "audio": "https://example.org/a.mp3", "audios": [WAV]},
+            chat(
+                messages=user(
+                    audio_part("https://example.org/a.mp3"),
+                    audio_part(f"data:audio/wav;base64,{WAV}"),
+                    text_part("?"),
+                )
+            ),
+            id="sounds",
+        ),
+        pytest.param(
+            {
+                "prompt": "?",
+                "document": PDF,
+                "documents": ["https://example.org/b.pdf"],
+                "pdf": "DATA:application/pdf;base64,AA",
+                "pdfs": ["file:///c.pdf"],
+            },
+            chat(
+                messages=user(
+                    file_part(file_data=f"data:application/pdf;base64,{PDF}"),
+                    file_part(file_url="https://example.org/b.pdf"),
+                    file_part(file_data="DATA:application/pdf;base64,AA"),
+                    file_part(file_url="file:///c.pdf"),
+                    text_part("?"),
+                )
+            ),
+            id="documents",
+        ),
+        pytest.param(
+            {"audio": "https://example.org/a.mp3"},
+            speech("transcriptions", file="https://example.org/a.mp3"),
+            id="speech by URL",
+        ),
+        pytest.param(
+            {"audio": WAV, "task": "translate", "language": "de", "sampling_params": {"temperature": 0}},
+            speech("translations", file=f"data:audio/wav;base64,{WAV}", language="de", temperature=0),
+            id="speech to translate, with fields",
+        ),
+        pytest.param(
+            {"audio": WAV, "task": "transcribe", "prompt": "Names: Ada", "stream": True},
+            speech("transcriptions", file=f"data:audio/wav;base64,{WAV}", prompt="Names: Ada", stream=True),
+            id="speech with a prompt",
+        ),
+        pytest.param(
+            {"prompt": "Once", "task": "other"},
+            ApiCall("POST", "/v1/completions", "", {"prompt": "Once", "task": "other"}),
+            id="a task without a sound",
+        ),
     ],
 )
 def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
@@ -155,6 +219,22 @@ def test_accepted(job_input: dict[str, Any], call: ApiCall) -> None:
         pytest.param({"prompt": "?", "images": [PNG, MP4]}, "contains video/mp4", "images[1]", id="video as image"),
         pytest.param(
             {"messages": MESSAGES, "image": PNG}, "'image' belongs to 'prompt'", "image", id="misplaced image"
+        ),
+        pytest.param(
+            {"messages": MESSAGES, "pdfs": [PDF]},
+            """put it into a message's content: {"type": "file", "file": {"file_url": "…"}}.""",
+            "pdfs",
+            id="misplaced documents",
+        ),
+        pytest.param({"prompt": "?", "audio": PNG}, "'audio' contains image/png", "audio", id="image as sound"),
+        pytest.param({"prompt": "?", "pdf": PNG}, "'pdf' contains image/png", "pdf", id="image as document"),
+        pytest.param({"audio": 7}, "Wrong field 'audio'", "audio", id="sound as number"),
+        pytest.param({"audio": "a.wav"}, "'audio' is neither a URL", "audio", id="name of a sound"),
+        pytest.param(
+            {"audio": WAV, "task": "summarize"}, "should be 'transcribe' or 'translate'", "task", id="unknown task"
+        ),
+        pytest.param(
+            {"audio": WAV, "audios": [WAV]}, "'audios' must not stand beside 'audio'", "audios", id="several sounds"
         ),
         pytest.param(
             {"route": "/v1/models", "bdy": {}},
@@ -237,6 +317,7 @@ def test_control_routes_can_be_allowed() -> None:
         pytest.param({"openai_route": "/v1/x", "openai_input": {"stream": 1}}, "sse", id="number for true"),
         pytest.param({"prompt": "a", "stream": None}, None, id="null"),
         pytest.param({"prompt": "a", "stream": "perhaps"}, None, id="text that is not a boolean"),
+        pytest.param({"audio": "https://example.org/a.wav", "stream": True}, "objects", id="speech"),
         pytest.param("text", None, id="not an object"),
     ],
 )

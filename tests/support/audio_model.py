@@ -1,8 +1,6 @@
 """A tiny model that takes audio: Qwen3-ASR's architecture with random weights, so its answers have no meaning."""
 
-import io
 import json
-import wave
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +67,3 @@ def create(folder: Path) -> dict[str, str]:
         (folder / name).write_text(json.dumps(content))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return {**ENVIRONMENT, "MODEL_NAME": str(folder)}
-
-
-def silence() -> bytes:
-    """Return a WAV file of one second."""
-    file = io.BytesIO()
-    with wave.open(file, "wb") as sound:
-        sound.setnchannels(1)
-        sound.setsampwidth(2)
-        sound.setframerate(16_000)
-        sound.writeframes(bytes(32_000))
-    return file.getvalue()

@@ -54,8 +54,7 @@ class Client(AsyncLLM):
         states = self._states(collector.request_id)
         for state in states:
             state.queue = collector
-        media = prompt.get("mm_placeholders", {}) if isinstance(prompt, dict) else {}
-        usage.add(partial(_usage, states, collector, {kind: len(items) for kind, items in media.items()}))
+        usage.add(partial(_usage, states, collector, _media(prompt)))
         return collector
 
     def _states(self, request_id: str) -> list[RequestState]:
@@ -146,6 +145,14 @@ class PacedCollector(_Collector):
         output = await super().get()
         self._pace.sent(clock())
         return output
+
+
+def _media(prompt: Any) -> dict[str, int]:
+    """Return how many media of each kind a prompt has. That of an encoder-decoder has them in its decoder's part."""
+    if not isinstance(prompt, dict):
+        return {}
+    part = prompt.get("decoder_prompt", prompt)
+    return {kind: len(items) for kind, items in part.get("mm_placeholders", {}).items()}
 
 
 def _usage(states: Sequence[RequestState], collector: _Collector, media: Mapping[str, int]) -> EngineUsage:

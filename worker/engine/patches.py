@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from fastapi.dependencies import utils as dependencies
 from fastapi.dependencies.utils import request_body_to_args
 from vllm.entrypoints.serve.exception_handling import utils as messages
-from vllm.entrypoints.speech_to_text.base import serving as speech
+from vllm.entrypoints.speech_to_text.base import serving
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
-from worker.engine import validation
+from worker.engine import speech, validation
 from worker.engine.connector import Connector, Guard
 from worker.settings.environment import MEDIA_CONNECTOR
 
@@ -22,9 +22,10 @@ def install(guard: Guard) -> None:
     MEDIA_CONNECTOR_REGISTRY.register(MEDIA_CONNECTOR)(partial(Connector, guard))
     # vLLM's video loaders call this method of the class itself: there is no object, argument or setting to replace it.
     setattr(OpenCVVideoBackendMixin, "open_video_capture", staticmethod(guard.open_capture))  # noqa: B010 - for mypy
-    # The routes for transcription and translation decode what was uploaded, without a connector.
-    setattr(speech, "load_audio", guard.load_audio)  # noqa: B010 - for mypy
+    # `speech.replace_decoding` decodes uploads before vLLM's function for that, which then gets their samples.
+    setattr(serving, "load_audio", speech.samples_of)  # noqa: B010 - for mypy
     # FastAPI calls this function for the body of every request.
-    setattr(dependencies, "request_body_to_args", validation.in_threads(request_body_to_args))  # noqa: B010
+    validate = validation.in_threads(speech.with_file(request_body_to_args, guard.limits.bytes["audio"]))
+    setattr(dependencies, "request_body_to_args", validate)  # noqa: B010
     # Many modules hold the function that removes paths from vLLM's error messages. It finds `re` by this name.
     setattr(messages, "re", SimpleNamespace(sub=validation.bounded(re.sub)))  # noqa: B010

@@ -1,4 +1,4 @@
-"""Turns an image or a video in a job's input, a URL or bare base64, into a URL for the engine. Pure."""
+"""Turns media in a job's input, a URL or bare base64, into a URL for the engine. Pure."""
 
 import base64
 import re
@@ -11,7 +11,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 def from_text(text: str, kind: str) -> str:
     """Return `text` if it is a URL, else the `data:` URL of the base64 that it contains.
 
-    `kind` is "image" or "video"; a GIF is accepted as either.
+    `kind` is "image", "video", "audio" or "document". A GIF is accepted as an image and as a video, a video as a sound.
 
     Raises:
         ValueError: `text` is neither; the message continues a sentence that starts with the field's name.

@@ -1,14 +1,16 @@
 """Turns a job's input into one call of the engine's API. Pure: no I/O.
 
-The input has one of four shapes, each recognised by a key:
+The input has one of five shapes, each recognised by its keys:
 
 - `openai_route`: from RunPod's `/openai` proxy; `openai_input` is the body, by default of a chat.
 - `route`: any inference route; with `body` and `method`.
 - `messages`: a chat; other OpenAI fields stand beside it or in `sampling_params`.
-- `prompt`: a completion; or a chat about the `image`, `images`, `video` or `videos` beside it.
+- `audio`, alone or with `task`: speech to text; other fields of the form stand beside it.
+- `prompt`: a completion; or a chat about the images, videos, sounds and documents beside it.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -17,13 +19,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, Valida
 
 from worker.errors import InvalidRequestError, Json, MethodNotAllowedError, RouteNotFoundError
 from worker.media import url
+from worker.media.checks import Kind
 from worker.request.routes import OWN_ROUTES, ROUTES, Method, method_of
 
 StreamForm = Literal["sse", "text", "objects"]
 """`sse`: SSE text for RunPod's proxy; `text`: the same for readers of `/stream`; `objects`: lists of chunk objects."""
 
-MEDIA_KEYS = {"image", "images", "video", "videos"}
-_ACCEPTED = "It must have one of 'messages', 'prompt', 'openai_route' or 'route'."
+MEDIA: Mapping[str, Kind] = MappingProxyType(
+    {"image": "image", "video": "video", "audio": "audio", "document": "document", "pdf": "document"}
+)
+"""The kind of media in each field beside a prompt. The plural of a field, such as `images`, has a list."""
+MEDIA_KEYS: Mapping[str, Kind] = MappingProxyType({**MEDIA, **{f"{field}s": kind for field, kind in MEDIA.items()}})
+SPEECH_ROUTES = MappingProxyType({"transcribe": "/v1/audio/transcriptions", "translate": "/v1/audio/translations"})
+"""The route for each task of a speech model."""
+_ACCEPTED = "It must have one of 'messages', 'prompt', 'audio', 'openai_route' or 'route'."
 _BOOLEAN = TypeAdapter(bool)
 _UPPER_CASE = BeforeValidator(lambda text: text.upper() if isinstance(text, str) else text)
 
@@ -43,7 +52,8 @@ class JobInput:
 
     def __init__(self, value: object) -> None:
         self._value = value
-        self._shape = next((shape for key, shape in _SHAPES.items() if isinstance(value, dict) and key in value), None)
+        keys = value.keys() if isinstance(value, dict) else set[str]()
+        self._shape = next((shape for required, shape in _SHAPES if required <= keys), None)
 
     @property
     def stream_form(self) -> StreamForm | None:
@@ -128,13 +138,27 @@ class _ChatJob(_FieldsJob):
     messages: list[Json]
 
     def call(self) -> ApiCall:
-        if misplaced := sorted(MEDIA_KEYS & (self.model_extra or {}).keys()):
+        if misplaced := sorted(MEDIA_KEYS.keys() & (self.model_extra or {}).keys()):
+            part = json.dumps(_part(MEDIA_KEYS[misplaced[0]], "…"), ensure_ascii=False)
             raise InvalidRequestError(
-                f"{misplaced[0]!r} belongs to 'prompt'. With 'messages', put it into a message's content: "
-                '{"type": "image_url", "image_url": {"url": …}}, or "video_url".',
+                f"{misplaced[0]!r} belongs to 'prompt'. With 'messages', put it into a message's content: {part}.",
                 param=misplaced[0],
             )
         return self.post("/v1/chat/completions", {"messages": self.messages})
+
+
+class _SpeechJob(_FieldsJob):
+    audio: str
+    task: Literal["transcribe", "translate"] = "transcribe"
+
+    def call(self) -> ApiCall:
+        if misplaced := sorted(MEDIA_KEYS.keys() & (self.model_extra or {}).keys()):
+            raise InvalidRequestError(
+                f"{misplaced[0]!r} must not stand beside 'audio' and 'task': one sound is written down at a time. "
+                "To ask a chat model about several media, leave out 'task' and send a 'prompt'.",
+                param=misplaced[0],
+            )
+        return self.post(SPEECH_ROUTES[self.task], {"file": _link("audio", self.audio, "audio")})
 
 
 class _PromptJob(_FieldsJob):
@@ -144,9 +168,15 @@ class _PromptJob(_FieldsJob):
     images: list[str] | None = None
     video: str | None = None
     videos: list[str] | None = None
+    audio: str | None = None
+    audios: list[str] | None = None
+    document: str | None = None
+    documents: list[str] | None = None
+    pdf: str | None = None
+    pdfs: list[str] | None = None
 
     def call(self) -> ApiCall:
-        parts = [*_parts("image", self.image, self.images), *_parts("video", self.video, self.videos)]
+        parts = [_part(kind, _link(field, text, kind)) for field, kind, text in self._media()]
         if not parts and not self.apply_chat_template:
             return self.post("/v1/completions", {"prompt": self.prompt})
         if not isinstance(self.prompt, str):
@@ -154,17 +184,25 @@ class _PromptJob(_FieldsJob):
         content = [*parts, {"type": "text", "text": self.prompt}] if parts else self.prompt
         return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}]})
 
+    def _media(self) -> Iterator[tuple[str, Kind, str]]:
+        """Yield the field, the kind and the text of each image, video, sound and document."""
+        for field, kind in MEDIA.items():
+            if (text := getattr(self, field)) is not None:
+                yield field, kind, text
+            for index, text in enumerate(getattr(self, f"{field}s") or ()):
+                yield f"{field}s[{index}]", kind, text
 
-_SHAPES: Mapping[str, type[_Shape]] = MappingProxyType(
-    {
-        "openai_route": _OpenAIJob,
-        "openai_input": _OpenAIJob,
-        "route": _RouteJob,
-        "messages": _ChatJob,
-        "prompt": _PromptJob,
-    }
+
+_SHAPES: tuple[tuple[frozenset[str], type[_Shape]], ...] = (
+    (frozenset({"openai_route"}), _OpenAIJob),
+    (frozenset({"openai_input"}), _OpenAIJob),
+    (frozenset({"route"}), _RouteJob),
+    (frozenset({"messages"}), _ChatJob),
+    (frozenset({"audio", "task"}), _SpeechJob),
+    (frozenset({"prompt"}), _PromptJob),
+    (frozenset({"audio"}), _SpeechJob),
 )
-"""The shapes by the key that identifies them, in the order in which they are tried."""
+"""The shapes and the keys that identify them, in the order in which they are tried."""
 
 
 def _streams(body: object) -> bool:
@@ -206,15 +244,16 @@ def _route_call(route: str, body: Json | None, method: Method | None = None) -> 
     return ApiCall(method, path, query, body if body is not None or method == "GET" else {})
 
 
-def _parts(kind: str, single: str | None, several: list[str] | None) -> list[Json]:
-    """Return the content parts of the shorthand fields `image` and `images`, or `video` and `videos`."""
-    fields = [(f"{kind}s[{index}]", value) for index, value in enumerate(several or [])]
-    return [_part(kind, value, field) for field, value in ([(kind, single)] if single is not None else []) + fields]
-
-
-def _part(kind: str, value: str, field: str) -> Json:
+def _link(field: str, text: str, kind: Kind) -> str:
+    """Return a URL for a field's text: a URL or base64."""
     try:
-        link = url.from_text(value, kind)
+        return url.from_text(text, kind)
     except ValueError as error:
         raise InvalidRequestError(f"{field!r} {error}", param=field) from None
+
+
+def _part(kind: Kind, link: str) -> Json:
+    """Return the part of a message's content for a link."""
+    if kind == "document":
+        return {"type": "file", "file": {"file_data" if link[:5].lower() == "data:" else "file_url": link}}
     return {"type": f"{kind}_url", f"{kind}_url": {"url": link}}
