@@ -156,7 +156,7 @@ def test_health_and_info_describe_the_worker_and_its_engine(http: httpx.Client) 
     assert info["engine"]["versions"]["vllm"] == "0.32.0"
     assert info["engine"]["served_names"] == [MODEL]
     assert info["engine"]["max_model_len"] == 2048
-    assert info["engine"]["media_limits"] == {"image": 4, "video": 2}
+    assert info["engine"]["media_limits"] == {"image": 5, "video": 2}
     assert {"imports", "engine", "attach", "total"} <= info["startup_seconds"].keys()
     assert info["startup_seconds"]["total"] > info["startup_seconds"]["engine"] > 1
     assert info["settings"]["hf_token"] == "***"

@@ -260,9 +260,9 @@ def test_a_link_to_a_slow_server_is_rejected(http_worker: HttpWorker, links: Ser
 
 
 def test_too_many_images_are_rejected(api: httpx.Client) -> None:
-    code, error = error_of(api, CHAT, [turn(CHAT, "?", *[("image", image_url("red"))] * 5)])
-    assert (code, error["param"]) == (400, "messages[0].content[4]")
-    assert "at most 4" in error["message"]
+    code, error = error_of(api, CHAT, [turn(CHAT, "?", *[("image", image_url("red"))] * 6)])
+    assert (code, error["param"]) == (400, "messages[0].content[5]")
+    assert "at most 5" in error["message"]
     assert "IMAGE_LIMIT" in error["message"]
 
 

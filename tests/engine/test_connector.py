@@ -6,7 +6,6 @@ import json
 import wave
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from vllm.entrypoints.speech_to_text.base import serving as speech
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from tests.support import hostile, media
@@ -325,22 +323,3 @@ def test_the_error_names_the_part_of_the_request(server: Server) -> None:
 
 
 # ---- Uploads for transcription and translation, which vLLM decodes without a connector
-
-
-async def transcribed(data: bytes) -> Any:
-    """Call the function with which vLLM's route decodes an upload, in a thread as the route does."""
-    async with connector():
-        decode = partial(vars(speech)["load_audio"], io.BytesIO(data), sr=8_000, mono=True, max_duration_s=600)
-        return await asyncio.to_thread(decode)
-
-
-def test_an_upload_is_decoded_in_a_child_process() -> None:
-    samples, rate = asyncio.run(transcribed(wav()))
-    assert (samples.shape, rate) == ((8_000,), 8_000)
-
-
-@pytest.mark.parametrize("data", [hostile.SESSION, b"", b"text"], ids=["a session description", "nothing", "text"])
-def test_a_hostile_upload_is_refused_by_its_kind(data: bytes) -> None:
-    with pytest.raises(RejectedMediaError, match="a sound: it") as caught:
-        asyncio.run(transcribed(data))
-    assert caught.value.error.status == 400

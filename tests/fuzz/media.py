@@ -32,7 +32,7 @@ MAX_BYTES = 4 * MAX_PIXELS
 """The size of a file, and of the shared memory: as small as the largest result."""
 MAX_SECONDS = 10.0
 """The duration of a sound."""
-KINDS = ("image", "video", "audio")
+KINDS = ("image", "video", "audio", "document")
 
 LOOKS = (Look(), Look(None), *(Look(mode, (0, 0, 0)) for mode in ("RGBA", "L", "1", "F", "CMYK")))
 FORMS = tuple(SoundForm(rate, MAX_SECONDS, MAX_BYTES) for rate in (None, 16_000))

@@ -1,12 +1,13 @@
 """An HTTP server for media links: images, videos, and the ways in which a server can misbehave."""
 
+import json
 import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
-from tests.support import media
+from tests.support import media, pdfs, speech
 
 
 class Server(ThreadingHTTPServer):
@@ -47,9 +48,17 @@ class Handler(BaseHTTPRequestHandler):
         match behaviour:
             case "picture":
                 self._answer(200, media.picture(argument))
+            case "document":
+                self._answer(200, pdfs.of_colours(*argument.split("-")))
             case "film":
                 first, _, last = argument.partition("-")
                 self._answer(200, media.film(first, last))
+            case "speech":
+                keys, _, language = argument.partition("-")
+                self._answer(200, speech.wav(keys.replace("_", " "), language))
+            case "chat":
+                chat = {"messages": [{"role": "user", "content": argument.capitalize()}]}
+                self._answer(200, json.dumps(chat).encode())
             case "status":
                 self._answer(int(argument))
             case "redirect":
@@ -77,6 +86,11 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(200, b"short", **{"content-length": "1000"})
             case _:
                 self._answer(200, b"hello")
+
+    def do_PUT(self) -> None:
+        self.server.hits.append(self.path)
+        self.rfile.read(int(self.headers["content-length"]))
+        self._answer(200)
 
     def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)

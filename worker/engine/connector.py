@@ -1,7 +1,6 @@
 """vLLM's media connector, through which all of its routes load media, with the worker's own fetches and decoders."""
 
 import asyncio
-import io
 import logging
 import re
 import time
@@ -18,11 +17,12 @@ from PIL import Image
 from vllm import envs
 from vllm.multimodal.media import AudioMediaIO, ImageMediaIO, MediaConnector, MediaIO, MediaWithBytes, VideoMediaIO
 
-from worker.engine.media_errors import rejection
+from worker.engine.media_errors import RejectedMediaError, rejection
 from worker.errors import MediaBusyError, MediaError, MediaTooLargeError, MemoryBusyError, MemoryExceededError
 from worker.media import checks
 from worker.media.checks import Kind, Limit, Limits
 from worker.media.decoders import Decoders, Look, SoundForm
+from worker.media.documents import Documents, Page, located
 from worker.media.fetch import Fetcher, Policy
 from worker.media.pool import DAMAGED
 from worker.media.video import Capture
@@ -64,21 +64,16 @@ class Guard:
     ) -> None:
         if settings.media_allow_private_networks:
             log.warning("MEDIA_ALLOW_PRIVATE_NETWORKS is set: links may lead to anything that this machine can reach")
-        policy = Policy(
-            seconds=settings.media_fetch_timeout,
-            domains=tuple(filter(None, (settings.media_allowed_domains, tuple(domains or ())))),
-            ports=settings.media_allowed_ports,
-            private_networks=settings.media_allow_private_networks,
-        )
         self.limits = Limits(settings)
         if 0 < envs.VLLM_MAX_IMAGE_PIXELS < self.limits.image_pixels.value:
             self.limits.image_pixels = Limit("VLLM_MAX_IMAGE_PIXELS", envs.VLLM_MAX_IMAGE_PIXELS)
         self.video_backend = video_backend
         self.decoders = Decoders(self.limits, modules)
+        self.documents = Documents(self.limits)
         self.loop = asyncio.get_running_loop()
         self._folder = folder.resolve() if folder else None
         self._memory = memory
-        self._fetcher = Fetcher(policy)
+        self._fetcher = Fetcher(Policy.of(settings, domains))
         self._fetches: dict[tuple[Account, str, Limit], asyncio.Task[bytes]] = {}
         self._slots: WeakKeyDictionary[Account, asyncio.Semaphore] = WeakKeyDictionary()
 
@@ -149,35 +144,11 @@ class Guard:
         seconds, size = envs.VLLM_MAX_AUDIO_DECODE_DURATION_S, envs.VLLM_MAX_AUDIO_DECODE_BYTES
         return await self.decoders.sound(data, SoundForm(None, seconds, size), account)
 
-    def load_audio(
-        self,
-        path: io.BytesIO | Path | str,
-        *,
-        sr: float | None = 22050,
-        max_duration_s: float | None = None,
-        max_decode_bytes: int | None = None,
-        **_: Any,
-    ) -> tuple[npt.NDArray[Any], float]:
-        """Decode a sound that was uploaded, in place of vLLM's function, which decodes in this process.
-
-        Raises:
-            RejectedMediaError: the sound cannot be used.
-        """
-        data = path.getvalue() if isinstance(path, io.BytesIO) else Path(path).read_bytes()
-        form = SoundForm(None if sr is None else int(sr), max_duration_s, max_decode_bytes)
-        return asyncio.run_coroutine_threadsafe(self._load_audio(data, form), self.loop).result()
-
-    async def _load_audio(self, data: bytes, form: SoundForm) -> tuple[npt.NDArray[Any], float]:
-        try:
-            with self.account() as account, _as_media_errors():
-                return await self.decoders.sound(data, form, account)
-        except MediaError as error:
-            raise await rejection(error, "", "audio") from None
-
     async def aclose(self) -> None:
         """Close the connections and end the processes."""
         await self._fetcher.aclose()
         self.decoders.close()
+        self.documents.close()
 
 
 class Connector(MediaConnector):
@@ -195,8 +166,11 @@ class Connector(MediaConnector):
             RejectedMediaError: the media cannot be used; the message says why, and which part of the request it is.
         """
         kind = _KINDS[type(media_io)]
+        page = self._guard.documents.page(url)
         try:
-            with self._guard.account() as account, _as_media_errors():
+            with self._guard.account() as account, as_media_errors():
+                if page is not None and isinstance(media_io, ImageMediaIO):
+                    return await self._page(page, media_io.image_mode, account)
                 if isinstance(media_io, VideoMediaIO) and url[: len(FRAMES)].lower() == FRAMES:
                     return await self._frames(url, media_io, account)
                 data = await self._guard.file(url, kind, account)
@@ -206,11 +180,18 @@ class Connector(MediaConnector):
                     return await self._video(data, media_io, account)
                 return await self._guard.decode_sound(data, account)
         except MediaError as error:
+            if page is not None:
+                raise RejectedMediaError(located(error, page.document.path)) from None
             raise await rejection(error, url, kind) from None
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         """Do the same from another thread than the event loop's, as the routes of pooling models do."""
         return asyncio.run_coroutine_threadsafe(self.load_from_url_async(url, media_io), self._guard.loop).result()
+
+    async def _page(self, page: Page, mode: str | None, account: Account) -> MediaWithBytes[Image.Image]:
+        """Draw a page of a document. vLLM caches the image under a key, in place of the bytes of a file."""
+        image = await self._guard.documents.draw(page, mode, account)
+        return MediaWithBytes(image, f"{page.key} {image.mode} {image.size}".encode())
 
     async def _image(
         self, data: bytes, media_io: ImageMediaIO, account: Account, count: int = 1
@@ -274,7 +255,7 @@ class _Decoded:
 
 
 @contextmanager
-def _as_media_errors() -> Iterator[None]:
+def as_media_errors() -> Iterator[None]:
     """Raise errors about the budget of memory as errors about media."""
     try:
         yield

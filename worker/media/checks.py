@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -50,6 +51,12 @@ class Limits:
         """The time for decoding one video or sound."""
         self.image_seconds = limit("IMAGE_DECODE_TIMEOUT")
         """The time for decoding one image."""
+        self.document_pages = limit("MAX_DOCUMENT_PAGES")
+        """The pages of one document."""
+        self.document_seconds = limit("DOCUMENT_DECODE_TIMEOUT")
+        """The time for the pages of one document together."""
+        self.page_pixels = min(settings.document_page_pixels, settings.image_downscale_pixels or sys.maxsize)
+        """A page is drawn with at most this many pixels."""
         self.processes = settings.media_processes
         """How many processes decode the media of one request at once; None: one for each core."""
         self.downscale_pixels = settings.image_downscale_pixels
@@ -73,7 +80,7 @@ def check_kind(data: bytes, kind: Kind) -> None:
     if not data:
         raise MediaError("it is empty")
     detected = media_type(data)
-    if detected is None or (kind != "image" and has_external_references(data)):
+    if detected is None or (kind in ("video", "audio") and has_external_references(data)):
         raise MediaError(f"its content matches no known {kind} format; accepted are {FORMATS[kind]}")
     if detected == "image/heic":
         raise MediaError(f"HEIC images cannot be decoded; accepted are {FORMATS['image']}")

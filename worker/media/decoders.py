@@ -30,6 +30,12 @@ MAX_PROCESSES = 8
 IMAGE_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")
 
 
+def check_mode(mode: str | None) -> None:
+    """Raise `MediaError` unless a mode is one of Pillow's, or None."""
+    if mode not in (None, *IMAGE_MODES):
+        raise MediaError(f"image_mode is {mode!r}; accepted are {', '.join(IMAGE_MODES)}")
+
+
 class Look(NamedTuple):
     """How an image is returned."""
 
@@ -81,8 +87,7 @@ class Decoders:
             MemoryExceededError: the request has no memory left for its pixels.
             MemoryBusyError: the other requests leave no memory.
         """
-        if look.mode not in (None, *IMAGE_MODES):
-            raise MediaError(f"image_mode is {look.mode!r}; accepted are {', '.join(IMAGE_MODES)}")
+        check_mode(look.mode)
         check_size(len(data), self._limits.bytes["image"])
         check_kind(data, "image")
         allowed = 0

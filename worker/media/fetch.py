@@ -1,15 +1,18 @@
-"""Fetches media links, which are untrusted, from inside a private network.
+"""Fetches links, and uploads to them. Links are untrusted, and the worker is inside a private network.
 
 Only public addresses are connected to. A name is resolved once, every address is checked, and the connection uses the
 checked addresses. Every redirect is checked as a new link. Proxies and credentials of the environment are not used.
 """
 
 import asyncio
+import io
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -19,8 +22,11 @@ from yarl import URL
 from worker.errors import LinkServerRefusedError, MediaError, RefusedLinkError, TooSlowError, UnreachableError
 from worker.media.addresses import is_public, may_be_public
 from worker.media.checks import Limit, check_size
+from worker.settings.settings import Settings
 
 REDIRECTS = (301, 302, 303, 307, 308)
+UPLOAD_REDIRECTS = (307, 308)
+"""Redirects that keep the method and the body."""
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 1 << 16
 HOST_CONNECTIONS = 32
@@ -40,6 +46,16 @@ class Policy:
     ports: tuple[int, ...] = (80, 443, 8080, 8443)
     private_networks: bool = False
     """Allow every address and every port."""
+
+    @classmethod
+    def of(cls, settings: Settings, domains: Iterable[str] | None = None) -> Self:
+        """Return the policy of the settings. `domains` is vLLM's own list of allowed hosts."""
+        return cls(
+            seconds=settings.media_fetch_timeout,
+            domains=tuple(filter(None, (settings.media_allowed_domains, tuple(domains or ())))),
+            ports=settings.media_allowed_ports,
+            private_networks=settings.media_allow_private_networks,
+        )
 
     def check(self, url: URL) -> None:
         """Raise `RefusedLinkError` if a link is not allowed. Its host is not resolved."""
@@ -119,7 +135,7 @@ class Fetcher:
             JobError: there is no memory for the file.
         """
         seconds = self._policy.seconds
-        try:
+        with _as_media_errors(f"the link was not fetched within MEDIA_FETCH_TIMEOUT={seconds:g} s"):
             async with asyncio.timeout(seconds) as clock:
 
                 async def reserve_untimed(size: int) -> None:
@@ -129,27 +145,44 @@ class Fetcher:
                     await reserve(size)
                     clock.reschedule(asyncio.get_running_loop().time() + left)
 
-                return await self._follow(_parse(link), limit, reserve_untimed)
-        except TimeoutError:
-            raise TooSlowError(f"the link was not fetched within MEDIA_FETCH_TIMEOUT={seconds:g} s") from None
-        except MediaError:
-            raise
-        except aiohttp.ClientPayloadError:
-            raise UnreachableError("the link's server sent an incomplete or corrupt response") from None
-        except (aiohttp.ClientError, OSError) as error:
-            # aiohttp wraps the error that `GuardedResolver` raises.
-            if isinstance(refusal := error.__cause__ or error.__context__, MediaError):
-                raise refusal from None
-            raise UnreachableError("the link's server cannot be reached") from None
-        except ValueError:
-            raise MediaError("the link is not a valid URL") from None
+                async with self._request("GET", link, REDIRECTS) as response:
+                    return await _read_body(response, limit, reserve_untimed)
 
-    async def _follow(self, url: URL, limit: Limit, reserve: Reserve) -> bytes:
+    async def put(
+        self, link: str, data: bytes, headers: Mapping[str, str], redirects: Iterable[int] = UPLOAD_REDIRECTS
+    ) -> None:
+        """Upload data to a link with the method PUT. Redirects with these statuses are followed.
+
+        The caller limits the time.
+
+        Raises:
+            MediaError: the link is not allowed, or its server has not accepted the data.
+        """
+        with _as_media_errors("the link's server did not answer in time"):
+            async with self._request("PUT", link, redirects, data, headers) as response:
+                _check_status(response)
+
+    @asynccontextmanager
+    async def _request(
+        self,
+        method: str,
+        link: str,
+        redirects: Iterable[int],
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request, follow redirects with these statuses, and return the response."""
+        url = _parse(link)
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(url)
-            async with self._session.get(url, allow_redirects=False) as response:
-                if response.status not in REDIRECTS:
-                    return await _read_body(response, limit, reserve)
+            # aiohttp sends a file in pieces, but bytes at once, which would hold up all other requests.
+            body = None if data is None else io.BytesIO(data)
+            async with self._session.request(
+                method, url, data=body, headers=headers, skip_auto_headers=("Content-Type",), allow_redirects=False
+            ) as response:
+                if response.status not in redirects:
+                    yield response
+                    return
                 location = response.headers.get("location")
             if not location:
                 raise UnreachableError("the link's server sent a redirect without a location")
@@ -173,11 +206,36 @@ class Fetcher:
         await self._resolver.close()
 
 
-async def _read_body(response: aiohttp.ClientResponse, limit: Limit, reserve: Reserve) -> bytes:
+@contextmanager
+def _as_media_errors(too_slow: str) -> Iterator[None]:
+    """Raise the errors of a request as `MediaError`."""
+    try:
+        yield
+    except TimeoutError:
+        raise TooSlowError(too_slow) from None
+    except MediaError:
+        raise
+    except aiohttp.ClientPayloadError:
+        raise UnreachableError("the link's server sent an incomplete or corrupt response") from None
+    except (aiohttp.ClientError, OSError) as error:
+        # aiohttp wraps the error that `GuardedResolver` raises.
+        if isinstance(refusal := error.__cause__ or error.__context__, MediaError):
+            raise refusal from None
+        raise UnreachableError("the link's server cannot be reached") from None
+    except ValueError:
+        raise MediaError("the link is not a valid URL") from None
+
+
+def _check_status(response: aiohttp.ClientResponse) -> None:
+    """Raise `MediaError` unless the server has accepted a request."""
     if response.status >= 500 or response.status in (408, 429):
         raise UnreachableError(f"the link's server answered with HTTP status {response.status}")
-    if response.status >= 400:
+    if response.status >= 300:
         raise LinkServerRefusedError(f"the link's server answered with HTTP status {response.status}")
+
+
+async def _read_body(response: aiohttp.ClientResponse, limit: Limit, reserve: Reserve) -> bytes:
+    _check_status(response)
     check_size(response.content_length or 0, limit)
     body = bytearray()
     try:

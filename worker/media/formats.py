@@ -20,6 +20,7 @@ _FORMATS: tuple[tuple[bytes, str], ...] = (
     (rb"\xff\xd8\xff", "image/jpeg"),
     (rb"GIF8[79]a", "image/gif"),
     (_RIFF + rb"WEBP", "image/webp"),
+    (rb"(\xef\xbb\xbf)?\s{0,16}%PDF-\d", "application/pdf"),
     (rb"BM", "image/bmp"),
     (rb"II\*\0|MM\0\*", "image/tiff"),
     (_ATOM + rb"ftypavi[fs]", "image/avif"),
@@ -69,7 +70,9 @@ def media_type(data: bytes) -> str | None:
 
 
 def fits(mime_type: str, kind: str) -> bool:
-    """Tell whether a media type can be used as "image", "video" or "audio". A GIF is an image and a video."""
+    """Tell whether a media type can be used as a kind of media. A GIF is an image and a video."""
+    if kind == "document":
+        return mime_type == "application/pdf"
     if kind == "audio":
         return mime_type.startswith(("audio/", "video/"))
     return mime_type.startswith(kind) or mime_type == "image/gif"

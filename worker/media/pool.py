@@ -1,4 +1,4 @@
-"""The processes that decode media: each serves one image, video or sound at a time, and can be killed at any time."""
+"""The processes that decode media: each serves one file at a time, and can be killed at any time."""
 
 import asyncio
 import json
@@ -74,8 +74,14 @@ class Process:
         """Whether it can decode."""
         return not self._is_killed and self._popen.poll() is None
 
-    def begin(self, data: bytes, limit: Limit) -> None:
-        """Copy a file into the shared memory, and give the process the seconds in `limit` to decode it."""
+    def begin(self, data: bytes, limit: Limit, used: float = 0.0) -> None:
+        """Copy a file into the shared memory, and give the process the seconds in `limit`, less `used`, to decode it.
+
+        Raises:
+            MediaTooLargeError: the file is too large, or no seconds are left.
+        """
+        if used >= limit.value:
+            raise _too_slow(limit)
         if len(data) > len(self.memory):
             raise MediaTooLargeError(f"it has more than {len(self.memory)} bytes")
         self.memory[: len(data)] = data
@@ -83,7 +89,7 @@ class Process:
         if self._limit is None:
             # The first file also waits for the start of the process, until the deadline that the constructor set.
             self.request("ready")
-        self._limit, self._deadline = limit, time.monotonic() + limit.value
+        self._limit, self._deadline = limit, time.monotonic() + limit.value - used
 
     def request(self, operation: str, *arguments: object) -> Any:
         """Send a request and return its result. Without a reply the process is killed: its state is unknown.
@@ -104,8 +110,8 @@ class Process:
         if self._limit is None:
             raise MediaBusyError("the process that decodes media could not start; try again in a few seconds")
         if is_late:
-            raise MediaTooLargeError(f"it takes longer to decode than {self._limit} s allows")
-        raise MediaError(DAMAGED)
+            raise _too_slow(self._limit)
+        raise MediaError(f"{DAMAGED}, or it needs too much memory")
 
     def result(self, size: int) -> memoryview:
         """Return the first bytes of the shared memory. The next use overwrites them."""
@@ -128,6 +134,10 @@ class Process:
         self.kill()
         self._popen.wait()
         self._connection.close()
+
+
+def _too_slow(limit: Limit) -> MediaTooLargeError:
+    return MediaTooLargeError(f"it takes longer to decode than {limit} s allows")
 
 
 class Pool:
