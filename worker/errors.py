@@ -211,13 +211,29 @@ class JobTimeoutError(JobError, status=504, type="TimeoutError"):
 
 
 class ResultRefusedError(JobError, status=413):
-    """RunPod does not accept an output, mostly because it is too large. Without `status` it was not even sent."""
+    """RunPod does not accept an output, mostly because it is too large. Without `answer` it was not even sent.
 
-    def __init__(self, size: int, status: int | None = None) -> None:
-        answer = "" if status is None else f" (HTTP {status})"
-        advice = " A result may have at most 20 MB. Use streaming, or ask for fewer tokens or log probabilities."
-        is_large = size > 1_000_000
-        super().__init__(f"RunPod does not accept {size / 1e6:.1f} MB of output{answer}.{advice if is_large else ''}")
+    `failures` are the reasons for which it could not be stored elsewhere.
+    """
+
+    def __init__(self, size: int, answer: int | None = None, failures: Iterable[str] = ()) -> None:
+        self.size = size
+        self.answer = answer
+        sentences = [f"RunPod does not accept {size / 1e6:.1f} MB of output{f' (HTTP {answer})' if answer else ''}."]
+        if failures := list(failures):
+            sentences += ["It could not be stored elsewhere.", *failures]
+        if size > 1_000_000 and self.may_be_stored:
+            sentences.append(
+                "A result may have at most 20 MB. Ask for fewer tokens or log probabilities. To get larger results as "
+                "links, send 'upload_url' in the job's input or 's3Config' beside it, or set BUCKET_ENDPOINT_URL or "
+                "RESULT_FOLDER."
+            )
+        super().__init__(" ".join(sentences))
+
+    @property
+    def may_be_stored(self) -> bool:
+        """Whether the output was refused, not the job: 404 and 410 mean that RunPod does not know the job any more."""
+        return self.answer not in (404, 410)
 
 
 class InternalError(JobError):

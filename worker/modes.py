@@ -17,10 +17,13 @@ from worker import processes, race, redaction
 from worker.errors import ConfigurationError, StartupError
 from worker.http.server import HttpServer
 from worker.queue import local
+from worker.queue.delivery import Keep, keep_nothing
 from worker.queue.handler import Handler, Job, JobHandler
 from worker.queue.loop import Context
 from worker.queue.places import Places
+from worker.queue.results import Results
 from worker.request.asgi import App, Message, Receive, Send
+from worker.request.links import LinkedInputs
 from worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -139,12 +142,13 @@ class QueueMode(Mode):
         worker = self.worker
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             # Attached before the first ping and the first request for jobs, in the loop that serves.
-            handler = JobHandler(runner.run(worker.attach()), worker.pipeline, worker.settings)
+            handler = job_handler(worker, runner.run(worker.attach()))
+            results = Results(worker.settings, worker.engine.link_policy)
             with processes.exit_soon_after():
                 engine, batch = worker.engine, worker.settings.job_batch_size
                 room = worker.pipeline.memory.room
                 places = Places(worker.concurrency, batch, engine.current_load, room, engine.reported)
-                self._serve(runner, handler.handle, places, engine.died)
+                self._serve(runner, handler.handle, places, engine.died, results.keep)
         return 0
 
     def refuse(self, error: ConfigurationError) -> None:
@@ -155,11 +159,13 @@ class QueueMode(Mode):
             places = Places(REFUSED_AT_ONCE, REFUSED_AT_ONCE)
             self._serve(runner, handler.handle, places, lambda: self._end_refusal(error))
 
-    def _serve(self, runner: asyncio.Runner, handler: Handler, places: Places, died: Died) -> None:
+    def _serve(
+        self, runner: asyncio.Runner, handler: Handler, places: Places, died: Died, keep: Keep = keep_nothing
+    ) -> None:
         from worker.queue import sdk
 
         worker = self.worker
-        context = Context(worker.lifecycle, worker.settings, died, places, worker.telemetry.stream_posts.inc)
+        context = Context(worker.lifecycle, worker.settings, died, places, worker.telemetry.stream_posts.inc, keep)
         sdk.serve_queue(handler, context, runner)
 
 
@@ -220,7 +226,7 @@ class LocalMode(Mode):
 
     async def _answer(self) -> dict[str, Any]:
         worker = self.worker
-        handler = JobHandler(await worker.attach(), worker.pipeline, worker.settings)
+        handler = job_handler(worker, await worker.attach())
         return await local.run(handler.handle, self._job)
 
 
@@ -234,8 +240,14 @@ class DevelopmentMode(Mode):
         from worker.queue import sdk
 
         worker = self.worker
-        sdk.serve_development_api(JobHandler(attached_later(worker), worker.pipeline, worker.settings).handle)
+        sdk.serve_development_api(job_handler(worker, attached_later(worker)).handle)
         return 0
+
+
+def job_handler(worker: Worker, app: App) -> JobHandler:
+    """Return the handler for jobs, which answers them with `app`, and fetches inputs that are behind links."""
+    links = LinkedInputs(worker.engine.link_policy, worker.settings)
+    return JobHandler(app, worker.pipeline, worker.settings, links)
 
 
 def attached_later(worker: Worker) -> App:

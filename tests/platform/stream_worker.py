@@ -10,12 +10,15 @@ from typing import Any
 
 from worker import race
 from worker.lifecycle import Lifecycle
+from worker.media.fetch import Policy
 from worker.queue import sdk
 from worker.queue.handler import JobHandler
 from worker.queue.loop import Context
 from worker.queue.places import Places
+from worker.queue.results import Results
 from worker.request import sse
 from worker.request.asgi import Receive, Send
+from worker.request.links import LinkedInputs
 from worker.request.pipeline import Pipeline
 from worker.settings import read
 from worker.telemetry.jobs import Telemetry
@@ -37,6 +40,7 @@ class ScriptedEngine:
     - `linger`: ignore a disconnect, and take so many seconds to end when the request is cancelled.
     - `binary`: the answer is binary data.
     - `zeros`: each event also has a list of so many zeros.
+    - `size`: the answer is a text of so many characters.
     - `die`: the engine dies after half a second.
     """
 
@@ -83,6 +87,9 @@ class ScriptedEngine:
             elif body.get("binary"):
                 await _start(send, b"application/octet-stream")
                 await send({"type": "http.response.body", "body": b"\xff\x00"})
+            elif size := body.get("size"):
+                await _start(send, b"application/json")
+                await send({"type": "http.response.body", "body": json.dumps({"text": "x" * size}).encode()})
             else:
                 await asyncio.sleep(events * EVENT_SECONDS)
                 await _start(send, b"application/json")
@@ -113,10 +120,11 @@ def main() -> None:
         await engine.dead.wait()
 
     lifecycle.ready(engine.dead.is_set)
-    handler = JobHandler(engine, pipeline, settings)
+    policy = Policy.of(settings)
+    handler = JobHandler(engine, pipeline, settings, LinkedInputs(policy, settings))
     most = settings.max_concurrency or CONCURRENCY
     places = Places(most, settings.job_batch_size, engine.load, pipeline.memory.room, engine.changed)
-    context = Context(lifecycle, settings, died, places, telemetry.stream_posts.inc)
+    context = Context(lifecycle, settings, died, places, telemetry.stream_posts.inc, Results(settings, policy).keep)
     sdk.serve_queue(handler.handle, context, asyncio.Runner())
 
 

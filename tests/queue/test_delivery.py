@@ -10,7 +10,9 @@ import pytest
 
 from tests.support.clock import run_on_virtual_clock
 from tests.support.urls import URLS
+from worker.errors import Json, ResultRefusedError
 from worker.queue.delivery import Delivery
+from worker.queue.handler import Job
 from worker.queue.platform import FORGOTTEN_ANSWERS, JobLostError, Platform
 from worker.queue.transport import POST_SECONDS, Answer, NoAnswerError
 
@@ -48,7 +50,7 @@ class Script:
         """Deliver a job with these parts; return the posted parts and results."""
 
         async def run() -> None:
-            delivery = Delivery(self.platform(), "job", lambda: None)
+            delivery = Delivery(self.platform(), {"id": "job"}, lambda: None)
             for part in parts:
                 await delivery.part(part)
             await delivery.done()
@@ -122,9 +124,79 @@ def test_a_result_that_is_too_large_is_not_posted() -> None:
     assert message.startswith("RunPod does not accept 20.0 MB of output. A result may have at most 20 MB.")
 
 
+class Shelf:
+    """Keeps results, or fails with these reasons."""
+
+    def __init__(self, *failures: str) -> None:
+        self.failures = failures
+        self.kept: list[tuple[Job, bytes]] = []
+
+    async def keep(self, job: Job, data: bytes, refusal: ResultRefusedError) -> Json:
+        self.kept.append((job, data))
+        if self.failures:
+            raise ResultRefusedError(refusal.size, refusal.answer, self.failures)
+        return {"result_path": "/there"}
+
+
+def deliver_to(shelf: Shelf, script: Script, *parts: Any) -> list[Any]:
+    """Deliver a job whose large results are kept on the shelf, and return the posted results."""
+
+    async def run() -> None:
+        delivery = Delivery(script.platform(), {"id": "job"}, lambda: None, shelf.keep)
+        for part in parts:
+            await delivery.part(part)
+        await delivery.done()
+
+    run_on_virtual_clock(run())
+    return script.posted("done")
+
+
+def test_a_result_that_is_too_large_is_kept_as_the_json_that_would_have_been_posted() -> None:
+    shelf, parts = Shelf(), ["é" * 10_000_000, {"a": 1}]
+    assert deliver_to(shelf, Script(), *parts) == [{"output": {"result_path": "/there"}}]
+    ((job, data),) = shelf.kept
+    assert job == {"id": "job"}
+    assert data == json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize("result", [pytest.param("x" * 1_000_001, id="large"), pytest.param("x", id="small")])
+@pytest.mark.parametrize("status", [400, 413])
+def test_a_result_that_is_refused_is_kept(status: int, result: str) -> None:
+    # A small result is a part of the stream, too.
+    shelf, script = Shelf(), Script(*[200] * (len(result) == 1), status)
+    assert deliver_to(shelf, script, result) == [{"output": [result]}, {"output": {"result_path": "/there"}}]
+
+
+@pytest.mark.parametrize(
+    ("answers", "part"),
+    [
+        pytest.param([404] * FORGOTTEN_ANSWERS, "x" * 1_000_001, id="an unknown job"),
+        pytest.param([410] * FORGOTTEN_ANSWERS, "x" * 1_000_001, id="a job that is gone"),
+    ],
+)
+def test_a_result_that_is_refused_for_another_reason_is_not_kept(answers: list[int], part: str) -> None:
+    shelf = Shelf()
+    assert "RunPod does not accept" in deliver_to(shelf, Script(*answers), part)[-1]["error"]
+    assert not shelf.kept
+
+
+def test_a_job_fails_whose_result_nobody_can_keep() -> None:
+    (result,) = deliver_to(Shelf("upload_url: no.", "s3Config: neither."), Script(), "x" * 20_000_001)
+    error = json.loads(result["error"])
+    assert error["code"] == 413
+    assert "It could not be stored elsewhere. upload_url: no. s3Config: neither. A result may" in error["message"]
+
+
+def test_a_job_fails_if_even_the_place_of_its_result_is_refused() -> None:
+    shelf, script = Shelf(), Script(400)
+    *_, result = deliver_to(shelf, script, "x" * 20_000_001)
+    assert "(HTTP 400)" in result["error"]
+    assert len(script.posted("done")) == 2
+
+
 def test_a_refused_error_is_followed_by_a_short_one() -> None:
     script = Script(400)
-    run_on_virtual_clock(Delivery(script.platform(), "job", lambda: None).failed("long"))
+    run_on_virtual_clock(Delivery(script.platform(), {"id": "job"}, lambda: None).failed("long"))
     assert script.posted("done")[0] == {"error": "long"}
     assert "(HTTP 400)" in script.posted("done")[1]["error"]
 
@@ -153,7 +225,7 @@ def test_the_pauses_are_short_once_the_worker_is_stopped() -> None:
     async def run() -> float:
         stopping, clock = asyncio.Event(), asyncio.get_running_loop().time
         platform = Script(*[AWAY] * 20).platform(stopping)
-        posting = asyncio.create_task(platform.done("job", {"output": []}))
+        posting = asyncio.create_task(platform.done("job", b'{"output":[]}'))
         await asyncio.sleep(60)
         stopping.set()
         began = clock()

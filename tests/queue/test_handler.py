@@ -3,22 +3,26 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.support.s3 import LinkServer
 from worker.errors import ENGINE_DIED, LEAVING, Json
 from worker.lifecycle import Lifecycle
+from worker.media.fetch import Policy
 from worker.queue.handler import JobHandler, Output
 from worker.request import sse
 from worker.request.asgi import App, Receive, Send
+from worker.request.links import LinkedInputs
 from worker.request.pace import current_pace
 from worker.request.pipeline import Pipeline
 from worker.settings import Settings
 from worker.telemetry.jobs import Telemetry
+from worker.telemetry.usage import Usage, current_usage
 
 DEFAULTS = Settings()
 SECRET = "a user's prompt"
@@ -450,3 +454,189 @@ def test_a_route_of_another_kind_of_model_is_not_found() -> None:
     error = error_of(output)
     assert (error["code"], error["type"]) == (404, "NotFoundError")
     assert "does not support '/v1/embeddings'" in error["message"]
+
+
+# ---- Inputs behind links, and the link for a result
+
+OPEN = Policy(seconds=5, private_networks=True)
+
+
+@pytest.fixture
+def links() -> Iterator[LinkServer]:
+    with LinkServer() as server:
+        yield server
+
+
+def linked(
+    job_input: object, app: App, settings: Settings = DEFAULTS, policy: Policy = OPEN, usage: Usage | None = None
+) -> list[Output]:
+    """Return the outputs of a job whose input may be behind a link."""
+    current_usage.set(usage)
+    lifecycle = Lifecycle()
+    lifecycle.ready(lambda: False)
+    pipeline = Pipeline(settings, lifecycle, Telemetry("model", CollectorRegistry()))
+    job_handler = JobHandler(app, pipeline, settings, LinkedInputs(policy, settings))
+    outputs = asyncio.run(collect(job_handler, job_input))
+    assert pipeline.memory.held == 0
+    return outputs
+
+
+async def echo(scope: Any, receive: Receive, send: Send) -> None:
+    """Answer with the route and the body."""
+    body = json.loads((await receive())["body"])
+    await answer(json.dumps({"path": scope["path"], "body": body}).encode())(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("held", "wrap", "path", "body"),
+    [
+        pytest.param(CHAT, None, "/v1/chat/completions", CHAT, id="messages"),
+        pytest.param(openai(n=2), None, "/v1/chat/completions", {**CHAT, "n": 2}, id="the proxy's input"),
+        pytest.param({"route": "/tokenize", "body": COMPLETION}, None, "/tokenize", COMPLETION, id="route"),
+        pytest.param(COMPLETION, ("route", "body"), "/v1/completions", COMPLETION, id="the body of a route"),
+        pytest.param(CHAT, ("openai_route", "openai_input"), "/v1/completions", CHAT, id="the body of the proxy"),
+    ],
+)
+def test_an_input_behind_a_link_is_used_as_if_it_were_the_jobs(
+    links: LinkServer, held: Json, wrap: tuple[str, str] | None, path: str, body: Json
+) -> None:
+    job_input: Json = {"input_url": links.hold("a.json", held)}
+    if wrap:
+        job_input = {wrap[0]: "/v1/completions", wrap[1]: job_input}
+    usage = Usage()
+    assert linked(job_input, echo, usage=usage) == [{"path": path, "body": body}]
+    assert [fetch.size for fetch in usage.fetches] == [len(json.dumps(held))]
+
+
+def test_the_form_of_a_stream_follows_from_the_input_behind_the_link(links: LinkServer) -> None:
+    app, chat = stream(*map(sse.event, CHUNKS), sse.DONE), {**CHAT, "stream": True}
+    objects = linked({"input_url": links.hold("chat", chat)}, app)
+    assert [chunk for chunks in objects for chunk in chunks] == CHUNKS
+    texts = linked({"input_url": links.hold("proxy", openai(stream=True))}, app)
+    assert "".join(map(str, texts)) == (b"".join(map(sse.event, CHUNKS)) + sse.DONE).decode()
+    body = {"openai_route": "/v1/chat/completions", "openai_input": {"input_url": f"{links.url}/held/chat"}}
+    assert linked(body, app) == texts
+
+
+@pytest.mark.parametrize(
+    ("held", "code", "message"),
+    [
+        pytest.param(b"{", 400, "'input_url': the link's content is not valid JSON.", id="not JSON"),
+        pytest.param([CHAT], 400, "'input_url': the link's content must be a JSON object.", id="a list"),
+        pytest.param("\xff", 400, "must be a JSON object", id="a string"),
+        pytest.param(b"\xff\xfe{\x00}\x00", 400, "is not UTF-8", id="another encoding"),
+        pytest.param(b"[" * 101, 400, "'input_url': The request body is nested 101 levels deep", id="deep"),
+        pytest.param({"input_url": "https://x"}, 400, "must not have an 'input_url' too", id="a link again"),
+        pytest.param({"route": "/a", "body": {"input_url": ""}}, 400, "an 'input_url' too", id="a link in its body"),
+        pytest.param({**CHAT, "upload_url": "https://x"}, 400, "must stand beside 'input_url'", id="upload_url"),
+        pytest.param({"text": "x"}, 400, "which is not an accepted shape", id="no shape"),
+        pytest.param({"prompt": "x" * 3000}, 413, "more bytes than MAX_REQUEST_BYTES=2000 allows.", id="too large"),
+    ],
+)
+def test_a_file_that_is_no_input_fails_the_job(links: LinkServer, held: Any, code: int, message: str) -> None:
+    (output,) = linked({"input_url": links.hold("file", held)}, echo, Settings(max_request_bytes=2000))
+    assert error_of(output)["code"] == code
+    assert message in error_of(output)["message"]
+
+
+@pytest.mark.parametrize(
+    ("job_input", "code", "message"),
+    [
+        pytest.param({"input_url": 1}, 400, "'input_url' must be a string", id="a number"),
+        pytest.param({"input_url": "x", "messages": []}, 400, "'messages' must not stand beside it", id="not alone"),
+        pytest.param({"input_url": "s3://b/k"}, 403, "'input_url': only https:, http:", id="another scheme"),
+        pytest.param({"input_url": "nonsense"}, 403, "'input_url': only https:", id="no link"),
+        pytest.param({**CHAT, "upload_url": 1}, 400, "'upload_url' must be a string", id="upload_url is a number"),
+    ],
+)
+def test_a_wrong_link_fails_the_job(job_input: Json, code: int, message: str) -> None:
+    (output,) = linked(job_input, echo)
+    assert error_of(output)["code"] == code
+    assert message in error_of(output)["message"]
+    assert error_of(output)["param"] in job_input
+
+
+def test_a_link_that_leads_nowhere_fails_the_job_and_is_logged_like_any_other(
+    links: LinkServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage, link = Usage(), f"{links.url}/nothing?token={SECRET}"
+    with caplog.at_level(logging.INFO):
+        (output,) = linked({"input_url": link}, echo, usage=usage)
+    assert error_of(output)["message"] == "'input_url': the link's server answered with HTTP status 404."
+    assert error_of(output)["code"] == 422
+    assert "Job job-1 client_error" in caplog.text
+    assert "nothing" not in caplog.text
+    assert usage.rejections == ["refused_by_server"]
+
+
+def test_a_link_into_the_private_network_is_not_followed(links: LinkServer) -> None:
+    policy = Policy(ports=(links.server_port,))
+    (output,) = linked({"input_url": links.hold("a", CHAT)}, echo, policy=policy)
+    assert error_of(output)["message"] == "'input_url': the link does not lead to a public address."
+    assert error_of(output)["code"] == 403
+    assert not links.requests
+
+
+def test_the_time_of_a_request_begins_after_its_input_is_fetched(links: LinkServer) -> None:
+    job_input = {"input_url": links.hold("a", CHAT).replace("/held/", "/late/0.3/held/")}
+    assert linked(job_input, echo, Settings(request_timeout=0.2)) == [{"path": "/v1/chat/completions", "body": CHAT}]
+
+
+def test_an_input_waits_for_the_memory_that_other_requests_hold(links: LinkServer) -> None:
+    settings = Settings(max_total_request_bytes=1000)
+    lifecycle = Lifecycle()
+    lifecycle.ready(lambda: False)
+    pipeline = Pipeline(settings, lifecycle, Telemetry("model", CollectorRegistry()))
+    job_handler = JobHandler(echo, pipeline, settings, LinkedInputs(OPEN, settings))
+    link, too_large = (links.hold(str(size), {"prompt": "x" * size}) for size in (400, 1100))
+
+    async def run() -> list[Output]:
+        other = pipeline.memory.account()
+        await other.take(800)
+        collecting = asyncio.create_task(collect(job_handler, {"input_url": link}))
+        await asyncio.to_thread(links.answered.wait)
+        await asyncio.sleep(0.1)
+        assert not collecting.done()
+        other.close()
+        return [*await collecting, *await collect(job_handler, {"input_url": too_large})]
+
+    output, failed = asyncio.run(run())
+    assert isinstance(output, dict)
+    assert output["path"] == "/v1/completions"
+    assert "MAX_TOTAL_REQUEST_BYTES=1000" in error_of(failed)["message"]
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "over"])
+def test_a_fetch_ends_with_its_job_or_with_the_worker(links: LinkServer, ends: str) -> None:
+    lifecycle = Lifecycle()
+    lifecycle.ready(lambda: False)
+    pipeline = Pipeline(DEFAULTS, lifecycle, Telemetry("model", CollectorRegistry()))
+    job_handler = JobHandler(echo, pipeline, DEFAULTS, LinkedInputs(OPEN, DEFAULTS))
+    job_input = {"input_url": links.hold("a", CHAT).replace("/held/", "/late/30/held/")}
+
+    async def run() -> None:
+        collecting = asyncio.create_task(collect(job_handler, job_input))
+        await asyncio.to_thread(links.arrived.wait)
+        if ends == "over":
+            lifecycle.over.set()
+            (output,) = await collecting
+            assert error_of(output)["message"] == LEAVING
+        else:
+            collecting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await collecting
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(run())
+    assert pipeline.memory.held == 0
+
+
+@pytest.mark.parametrize("link", ["https://example.com/put", None])
+def test_the_link_for_a_result_does_not_reach_the_engine(link: str | None) -> None:
+    assert linked({**CHAT, "upload_url": link}, echo) == [{"path": "/v1/chat/completions", "body": CHAT}]
+    assert outputs(echo, {**openai(), "upload_url": link}) == [{"path": "/v1/chat/completions", "body": CHAT}]
+
+
+def test_the_link_for_a_result_may_stand_beside_the_link_for_an_input(links: LinkServer) -> None:
+    job_input = {"input_url": links.hold("a", CHAT), "upload_url": "https://example.com/put"}
+    assert linked(job_input, echo) == [{"path": "/v1/chat/completions", "body": CHAT}]

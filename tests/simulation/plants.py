@@ -32,12 +32,12 @@ def _double_end(patch: Patch) -> None:
     """A job whose result was accepted late ends with an error too."""
     done = Platform.done
 
-    async def twice(self: Platform, job_id: str, result: dict[str, Any]) -> None:
+    async def twice(self: Platform, job_id: str, result: bytes) -> None:
         clock = asyncio.get_running_loop().time
         began = clock()
         await done(self, job_id, result)
         if clock() - began > 1:
-            await done(self, job_id, {"error": "it took too long"})
+            await done(self, job_id, b'{"error": "it took too long"}')
 
     patch.setattr(Platform, "done", twice)
 
@@ -46,7 +46,7 @@ def _lost_refusal(patch: Patch) -> None:
     """A refused result is not followed by an error."""
     done = Platform.done
 
-    async def dropped(self: Platform, job_id: str, result: dict[str, Any]) -> None:
+    async def dropped(self: Platform, job_id: str, result: bytes) -> None:
         with suppress(ResultRefusedError):
             await done(self, job_id, result)
 

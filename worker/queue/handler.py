@@ -1,15 +1,25 @@
 """RunPod's handler: a job's input → one request through the pipeline → yields."""
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, closing
 from typing import Any
 
-from worker.errors import EngineResponseError, JobError, Json, NotOfThisModelError, status_of
+from worker import race
+from worker.errors import (
+    EngineResponseError,
+    InvalidRequestError,
+    JobError,
+    Json,
+    NotOfThisModelError,
+    status_of,
+)
 from worker.request import sse
 from worker.request.asgi import App, Message, Receive, Request, Response, Send, exchange
-from worker.request.inputs import JobInput, StreamForm
+from worker.request.inputs import ApiCall, JobInput, StreamForm
+from worker.request.links import LinkedInputs, has_link
 from worker.request.pace import Pace, current_pace
 from worker.request.pipeline import Pipeline, only_job_errors
 from worker.settings import Settings
@@ -18,14 +28,21 @@ Job = dict[str, Any]
 Output = str | Json | list[Any]
 Handler = Callable[[Job], AsyncGenerator[Output, None]]
 
+UPLOAD_URL = "upload_url"
+"""The field of a job's input with the link to which a result is uploaded that is too large for the platform."""
+
 
 class JobHandler:
-    """Answers jobs with an ASGI app: the engine's, or another one with the same routes."""
+    """Answers jobs with an ASGI app: the engine's, or another one with the same routes.
 
-    def __init__(self, app: App, pipeline: Pipeline, settings: Settings) -> None:
+    Without `links`, inputs behind links are not accepted.
+    """
+
+    def __init__(self, app: App, pipeline: Pipeline, settings: Settings, links: LinkedInputs | None = None) -> None:
         self._app = pipeline.around(app)
         self._pipeline = pipeline
         self._settings = settings
+        self._links = links
         self._streams = 0
         """The number of streams that run."""
 
@@ -37,18 +54,46 @@ class JobHandler:
         `{"error": JSON text}`, by which the SDK marks it FAILED. A stream for `openai_route` ends with an error event
         instead, because RunPod's proxy passes on nothing but the stream.
         """
-        job_id, job_input = str(job.get("id")), JobInput(job.get("input"))
-        form = job_input.stream_form
-        if form == "objects" and self._settings.raw_stream_output:
-            form = "text"
+        job_id = str(job.get("id"))
+        form: StreamForm | None = None
         try:
             with only_job_errors(job_id):
+                job_input = await self._input(job.get("input"))
+                form = self._stream_form(job_input)
                 async with aclosing(self._outputs(job_id, job_input, form)) as outputs:
                     async for output in outputs:
                         yield output
         except JobError as error:
             for output in _failure(error, form):
                 yield output
+
+    async def _input(self, value: Any) -> JobInput:
+        """Return a job's input, fetched if it is behind a link. This is like an upload: no timeout runs yet."""
+        try:
+            value = _without_upload_url(value)
+            if self._links is not None and has_link(value):
+                value = await self._fetched(self._links, value)
+                if UPLOAD_URL in value:
+                    raise InvalidRequestError(
+                        "'upload_url' must stand beside 'input_url', not in the file behind the link.", param=UPLOAD_URL
+                    )
+        except JobError as error:
+            return _UnusableInput(error)
+        return JobInput(value)
+
+    async def _fetched(self, links: LinkedInputs, value: Json) -> Json:
+        with closing(self._pipeline.memory.account()) as account:
+            fetching = asyncio.ensure_future(links.resolve(value, account.take))
+            try:
+                await race.first(fetching, self._pipeline.lifecycle.over.wait())
+                # Once the worker's life is over, the pipeline answers every request with the reason.
+                return fetching.result() if fetching.done() else value
+            finally:
+                await race.end(fetching)
+
+    def _stream_form(self, job_input: JobInput) -> StreamForm | None:
+        form = job_input.stream_form
+        return "text" if form == "objects" and self._settings.raw_stream_output else form
 
     async def _outputs(self, job_id: str, job_input: JobInput, form: StreamForm | None) -> AsyncGenerator[Output, None]:
         app, request = self._prepared(job_id, job_input)
@@ -91,6 +136,27 @@ class JobHandler:
             return self._app, Request(call.method, call.path, call.query, headers)
         headers["content-type"] = "application/json"
         return self._app, Request(call.method, call.path, call.query, headers, json.dumps(call.body).encode())
+
+
+class _UnusableInput(JobInput):
+    """The input of a job that fails with an error."""
+
+    def __init__(self, error: JobError) -> None:
+        super().__init__(None)
+        self._error = error
+
+    def call(self, control_routes: bool = False) -> ApiCall:
+        del control_routes
+        raise self._error
+
+
+def _without_upload_url(value: Any) -> Any:
+    """Return a job's input without `upload_url`, which is not for the engine."""
+    if not isinstance(value, dict) or UPLOAD_URL not in value:
+        return value
+    if not isinstance(value[UPLOAD_URL], str | None):
+        raise InvalidRequestError("'upload_url' must be a string: a link presigned for PUT.", param=UPLOAD_URL)
+    return {name: item for name, item in value.items() if name != UPLOAD_URL}
 
 
 def _failing_with(error: JobError) -> App:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from worker import race
 from worker.errors import JobError, StartupError
 from worker.lifecycle import ERROR_SECONDS, Lifecycle
-from worker.queue.delivery import Delivery
+from worker.queue.delivery import Delivery, Keep, keep_nothing
 from worker.queue.handler import Handler, Job
 from worker.queue.places import Places
 from worker.queue.platform import JobLostError, Platform
@@ -58,6 +58,8 @@ class Context:
     places: Places
     posted: Callable[[], None]
     """Called for every part of a stream that is posted."""
+    keep: Keep = keep_nothing
+    """Stores results that are too large for the platform."""
 
 
 @dataclass(slots=True, eq=False)
@@ -210,7 +212,7 @@ class JobLoop:
     async def _run(self, run: _Run) -> None:
         """Post a job's outputs one by one, then its result. Nothing is posted for a stopped job."""
         job_id = run.job["id"]
-        delivery = Delivery(self._platform, job_id, self._context.posted)
+        delivery = Delivery(self._platform, run.job, self._context.posted, self._context.keep)
         current_usage.set(run.usage)
         try:
             with only_job_errors(job_id):

@@ -113,10 +113,10 @@ class Platform:
             ResultRefusedError: the platform does not accept the part.
             JobLostError: the platform does not know the job any more, or it was away for too long.
         """
-        await self._post(self._urls.stream, job_id, {"output": output}, PART_BYTES, "false")
+        await self._post(self._urls.stream, job_id, encoded({"output": output}), PART_BYTES, "false")
 
-    async def done(self, job_id: str, result: dict[str, Any]) -> None:
-        """Post a job's result: `{"output": [every part]}` or `{"error": text}`.
+    async def done(self, job_id: str, result: bytes) -> None:
+        """Post a job's result as JSON: `{"output": [every part]}` or `{"error": text}`.
 
         Raises:
             ResultRefusedError: the platform does not accept the result.
@@ -150,9 +150,8 @@ class Platform:
         backoff.reset()
         return values
 
-    async def _post(self, route: str, job_id: str, value: dict[str, Any], limit: int, is_stream: str) -> None:
+    async def _post(self, route: str, job_id: str, body: bytes, limit: int, is_stream: str) -> None:
         """Post until the platform takes it. Time in which the worker was frozen does not count for the deadline."""
-        body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
         if len(body) > limit:
             raise ResultRefusedError(len(body))
         url, headers = f"{route.replace('$ID', job_id)}&isStream={is_stream}", {**HEADERS, "X-Request-ID": job_id}
@@ -191,6 +190,11 @@ class Platform:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+
+
+def encoded(value: Any) -> bytes:
+    """Return a value as JSON, as posts contain it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def _jobs(body: bytes) -> list[Job]:

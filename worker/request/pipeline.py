@@ -44,14 +44,14 @@ class Pipeline:
 
     def __init__(self, settings: Settings, lifecycle: Lifecycle, telemetry: Telemetry) -> None:
         self._seconds = settings.request_timeout
-        self._lifecycle = lifecycle
+        self.lifecycle = lifecycle
         self._telemetry = telemetry
         self.memory = Budget(settings.max_total_request_bytes or container_memory() // 4)
 
     def around(self, app: App) -> App:
         """Return `app` inside all layers."""
-        app = TimeLimit(BodyBudget(app, self.memory), self._lifecycle, self._seconds)
-        return Recorder(ErrorBoundary(app, self._lifecycle), self._telemetry)
+        app = TimeLimit(BodyBudget(app, self.memory), self.lifecycle, self._seconds)
+        return Recorder(ErrorBoundary(app, self.lifecycle), self._telemetry)
 
 
 class Recorder:
