@@ -65,7 +65,8 @@ local-endpoint: setup ## Serve the embedded model behind a local stand-in for Ru
 
 # Earlier releases of vLLM are installed into separate environments.
 conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's responses with those of vllm serve; VLLM=0.31.0 for an earlier release
-	@$(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/end_to_end/test_conformance.py
+	@CONFORMANCE=1 $(if $(VLLM),.venv-$(VLLM)/bin,$(BIN))/python -m pytest tests/end_to_end/test_conformance.py \
+	  tests/end_to_end/test_speech_conformance.py tests/end_to_end/test_adapter_conformance.py
 
 .venv-%/.ready: builder/requirements-cpu.in builder/overrides.txt | setup
 	@echo "Installing vLLM $* for CPUs (about 3 GB the first time)"
@@ -130,8 +131,10 @@ release-check: setup ## Run all checks before a release and print a table; RELEA
 image-check: ## Build both images, run them in many ways, and print a table; needs docker or podman, or root on Debian
 	@builder/image_check.sh
 
-model: setup ## Retrain the embedded model; the result must be identical
+model: setup ## Retrain the models of the tests; the results must be identical
 	@$(BIN)/python tests/models/train_tiny_vlm.py
+	@$(BIN)/python tests/models/train_tiny_asr.py
+	@$(BIN)/python tests/models/train_tiny_adapters.py
 
 clean: ## Remove everything that setup and runs created
 	rm -rf .venv .venv-* .run.log .prometheus .fuzz .coverage .mypy_cache .ruff_cache .pytest_cache

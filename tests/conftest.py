@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from standin import StandinServer, WorkerProcess, worker_environment
-from tests.support import tiny
+from tests.support import speech, tiny
 from tests.support.collector import Collector
 from tests.support.links import Server
 from tests.support.ports import free_port
@@ -68,12 +68,12 @@ class HttpWorker:
 
 
 @contextmanager
-def run_endpoint(folder: Path, **environment: str) -> Iterator[Endpoint]:
-    """Run `handler.py` behind a stand-in for RunPod's platform. It is ready at its first request for jobs."""
+def run_endpoint(folder: Path, command: Sequence[str] = COMMAND, **environment: str) -> Iterator[Endpoint]:
+    """Run a worker behind a stand-in for RunPod's platform. It is ready at its first request for jobs."""
     log = folder / "worker.log"
     with StandinServer() as server, log.open("wb") as output:
         environment = {**tiny.environment(), **worker_environment(server.port), **environment}
-        with WorkerProcess(COMMAND, environment, output) as worker:
+        with WorkerProcess(command, environment, output) as worker:
             wait_until_ready(worker, log, lambda: bool(server.platform.records.takes))
             yield Endpoint(server, worker, log, int(environment.get("METRICS_PORT", "0")))
             stop(worker)
@@ -169,6 +169,40 @@ def http_worker(tmp_path_factory: pytest.TempPathFactory, collector: Collector) 
     }
     with run_http_worker(folder, **environment) as http_worker:
         yield http_worker
+
+
+@dataclass(frozen=True)
+class SpeechWorker:
+    """A worker with the tiny speech model, for jobs of an endpoint and for requests over HTTP."""
+
+    endpoint: Endpoint
+    url: str
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def speech_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpeechWorker]:
+    """A worker with the tiny speech model, shared by all tests."""
+    folder, port = tmp_path_factory.mktemp("speech_worker"), free_port()
+    environment = {
+        **speech.ENVIRONMENT,
+        "WORKER_API_KEY": API_KEY,
+        "REQUEST_TIMEOUT": "5",
+        "MEDIA_ALLOW_PRIVATE_NETWORKS": "true",
+        "MAX_AUDIO_BYTES": str(speech.LARGEST_BYTES),
+        "VLLM_MAX_AUDIO_DECODE_DURATION_S": str(speech.LONGEST_SECONDS),
+    }
+    command = [sys.executable, "-m", "tests.support.speech", str(port)]
+    with run_endpoint(folder, command, **environment) as endpoint:
+        worker = SpeechWorker(endpoint, f"http://127.0.0.1:{port}")
+        # The first request for log probabilities compiles code and may exceed REQUEST_TIMEOUT.
+        files, data = {"file": speech.wav("1")}, {"response_format": "verbose_json"}
+        with worker.client() as client:
+            while client.post("/v1/audio/transcriptions", files=files, data=data).status_code == 504:
+                pass
+        yield worker
 
 
 @pytest.fixture

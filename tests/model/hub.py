@@ -22,27 +22,34 @@ class Hub:
     error: tuple[int, str] | None = None
     """The status and the error code with which the stand-in answers every request."""
     files: dict[str, bytes] = field(default_factory=dict)
+    """The files of every repository that is not in `repositories`."""
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """The files of some repositories, by ORG/NAME."""
     requests: list[str] = field(default_factory=list)
     seconds: float = 0.0
     """The time that one file takes."""
+
+    def content(self, path: str) -> dict[str, bytes]:
+        """Return the files of the repository that a request is about."""
+        return next((files for name, files in self.repositories.items() if f"/{name}/" in f"{path}/"), self.files)
 
 
 def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             hub.requests.append(self.path)
-            if hub.error:
-                self._answer(hub.error[0], b"", {"X-Error-Code": hub.error[1]})
+            files = hub.content(self.path)
+            if hub.error or not files:
+                status, code = hub.error or (404, "RepoNotFound")
+                self._answer(status, b"", {"X-Error-Code": code})
             elif "/tree/" in self.path:
-                tree = [
-                    {"type": "file", "path": name, "size": len(data), "oid": name} for name, data in hub.files.items()
-                ]
+                tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in files.items()]
                 self._answer(200, json.dumps(tree).encode(), {})
             elif self.path.startswith("/api/"):
-                siblings = [{"rfilename": name} for name in hub.files]
+                siblings = [{"rfilename": name} for name in files]
                 self._answer(200, json.dumps({"id": "org/model", "sha": COMMIT, "siblings": siblings}).encode(), {})
             else:
-                data = hub.files[self.path.split(f"/resolve/{COMMIT}/")[1]]
+                data = files[self.path.split(f"/resolve/{COMMIT}/")[1]]
                 if self.command == "GET":
                     time.sleep(hub.seconds)
                 self._answer(200, data, {"ETag": f'"{hash(data)}"', "X-Repo-Commit": COMMIT})

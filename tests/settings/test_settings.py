@@ -115,6 +115,7 @@ def test_mode_and_ports(environ: dict[str, str], mode: str, ports: tuple[int, ..
         pytest.param({"HF_TOKEN": "{{ RUNPOD_SECRET_hf }}"}, "HF_TOKEN names a secret", id="an unknown secret"),
         pytest.param({"RUNPOD_POD_ID": "p"}, "WORKER_API_KEY", id="a pod that everybody can use"),
         pytest.param({"MAX_CONCURRENCY": "1000"}, "MAX_CONCURRENCY=1000", id="more requests than a worker accepts"),
+        pytest.param({"ADAPTER_FOLDER": "/a"}, "ADAPTER_FOLDER has no effect", id="adapters that nobody may load"),
     ],
 )
 def test_settings_that_may_be_a_mistake_cause_a_warning(environ: dict[str, str], variable: str) -> None:

@@ -17,7 +17,7 @@ from markdown_it.token import Token
 
 CUT = "…"
 """In an answer of the page: any text, or the rest of a list."""
-VARYING = {"created", "delayTime", "executionTime"}
+VARYING = {"created", "delayTime", "executionTime", "bytes"}
 """The keys whose numbers vary."""
 
 
@@ -32,10 +32,15 @@ class Example:
 
     @property
     def model(self) -> str:
-        """The kind of model that answers: "chat", "embedding" or "audio"."""
+        """The kind of model that answers: "chat", "embedding", "audio", "speech" or "adapters"."""
         if re.search(r'"route": "/v1/(embeddings|score|rerank)"', self.request):
             return "embedding"
-        return "audio" if '"input_audio"' in self.request else "chat"
+        if re.search('"model": "(my-org/)?french"', self.request):
+            return "adapters"
+        has_sound, has_prompt = '"audio": "' in self.request, '"prompt": ' in self.request
+        if '"/v1/audio/' in self.request or (has_sound and (not has_prompt or '"task": ' in self.request)):
+            return "speech"
+        return "audio" if has_sound or '"input_audio"' in self.request else "chat"
 
 
 def read(page: str) -> list[Example]:

@@ -24,6 +24,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import redaction
 from worker.engine import parallelism
+from worker.engine.adapters import keep_slot_free
 from worker.engine.startup_errors import VLLM_ERRORS, one_line
 from worker.engine.versions import configure_logging_from_args, load_chat_template
 from worker.errors import ConfigurationError, Json, StartupError
@@ -41,13 +42,12 @@ SERVER_FLAGS = frozenset(
 )
 """Flags of vLLM's own HTTP server, which the worker replaces: host, port, API keys, TLS, … The CORS flags configure
 vLLM's app, and `enable_flash_late_interaction` configures how it computes scores."""
-SWITCHES = {"tool_call_parser": "enable_auto_tool_choice", "lora_modules": "enable_lora"}
-"""Flags that have no effect without a second one, their switch."""
+SWITCHES = {"tool_call_parser": "enable_auto_tool_choice", "lora_modules": "enable_lora", "lora_allow": "enable_lora"}
+"""Flags, and settings of the worker, that have no effect without a flag, their switch."""
 NOT_COMPILED = ("served_model_name", "logging_config", "load_format", "gpu_memory_utilization")
 """Arguments that do not change the compiled code."""
 IMAGE_LIMIT = 100
-"""Images per request where neither the user nor a preset sets a limit. vLLM's own is 999. If the model allows fewer,
-that counts; models without images ignore it."""
+"""Images per request where neither the user nor a preset sets a limit, and the model allows more. vLLM's own is 999."""
 
 
 class _Parser(FlexibleArgumentParser):
@@ -88,6 +88,7 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
             setattr(args, name, settings.log_prompts)
         args.served_model_name = args.served_model_name or [settings.model_name]
         _enable_what_is_configured(args, settings)
+        keep_slot_free(args)
         configure_logging_from_args(args)
         cli_args.validate_parsed_serve_args(args)
         if args.tool_parser_plugin:
@@ -162,10 +163,10 @@ def _command_line(settings: Settings, parser: argparse.ArgumentParser) -> list[s
 
 
 def _enable_what_is_configured(args: argparse.Namespace, settings: Settings) -> None:
-    """Turn on what other flags configure, unless it is turned off. Without, they would cause errors later."""
-    extra = parallelism.extra_flags(settings)
-    for flag, switch in SWITCHES.items():
-        if getattr(args, flag) and switch.upper() not in settings.variables.values and f"no_{switch}" not in extra:
+    """Turn on what other settings configure, unless it is turned off. Without, they would cause errors later."""
+    extra, values = parallelism.extra_flags(settings), {**vars(args), "lora_allow": settings.lora_allow}
+    for name, switch in SWITCHES.items():
+        if values[name] and switch.upper() not in settings.variables.values and f"no_{switch}" not in extra:
             setattr(args, switch, True)
 
 
@@ -228,8 +229,7 @@ def _without_effect(settings: Settings, of_worker: set[str]) -> Iterator[str]:
         reasons |= dict.fromkeys(LOG_FLAGS, "only LOG_PROMPTS=true writes prompts and completions to the log")
     for name, reason in sorted(reasons.items()):
         variable = name.upper()
-        is_on = variable in values and flags.boolean(values, variable) is not False
-        is_set = is_on and variable not in of_worker
+        is_set = variable in values and flags.boolean(values, variable) is not False and variable not in of_worker
         if is_set or name in extra:
             yield f"{variables.described(variable) if is_set else name} has no effect: {reason}."
 

@@ -17,15 +17,19 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker import race
-from worker.engine import media_errors, patches, validation
+from worker.engine import media_errors, patches, speech, validation
+from worker.engine.adapters import Adapters
 from worker.engine.arguments import changed
 from worker.engine.client import Monitor
 from worker.engine.connector import OPENCV, Guard
+from worker.engine.documents import rewriting_documents
 from worker.engine.load import FirstCause, Work, load
 from worker.engine.startup_errors import translated
 from worker.errors import Json, StartupError
+from worker.media.fetch import Policy
 from worker.memory import Budget
 from worker.request.asgi import App, Request, exchange
+from worker.request.links import LinkedInputs
 from worker.request.rewrite import Rewrite, rewriting
 from worker.settings import Settings
 from worker.telemetry.usage import EngineLoad
@@ -59,6 +63,7 @@ class Engine:
         # Takes the place of uvicorn's server: vLLM's error handlers set `should_exit` when the engine is dead.
         self._liveness = SimpleNamespace(should_exit=False)
         self._lifespan: asyncio.Task[None] | None = None
+        self._adapters: Adapters | None = None
         self._later: asyncio.Task[None] | None = None
         """Warm-up that jobs need not wait for."""
 
@@ -98,6 +103,11 @@ class Engine:
         if self._monitor.silent_seconds > self._stall_seconds:
             log.error("The engine has been silent for %.0f s while requests wait", self._monitor.silent_seconds)
 
+    @property
+    def link_policy(self) -> Policy:
+        """Which links requests may name."""
+        return Policy.of(self._settings, self._args.allowed_media_domains)
+
     async def attach(self, memory: Budget) -> App:
         """Build vLLM's API as an ASGI app and test it. Call it once, in the loop that serves.
 
@@ -113,7 +123,8 @@ class Engine:
         tasks = await self._client.get_supported_tasks()
         for rewrite in self._rewrites(guard, tasks):
             app = rewriting(app, rewrite)
-        app = media_errors.keep_bodies(app)
+        # Outside of it, so that errors name the parts of the input behind a link.
+        app = rewriting(media_errors.keep_bodies(app), LinkedInputs(self.link_policy, self._settings).rewrite)
         if self._media_limits:
             await guard.decoders.pool.prepare()
         (await race.first(self._warm_up(app, tasks), self._fail_when_dead())).result()
@@ -123,9 +134,9 @@ class Engine:
 
     def _rewrites(self, guard: Guard, tasks: Iterable[str]) -> list[Rewrite]:
         """Return what changes requests before vLLM parses them. The last one sees a request first."""
-        rewrites: list[Rewrite] = []
-        # Each part adds itself here: rewrites.append(...)
-        del guard, tasks
+        rewrites = [rewriting_documents(guard, self._media_limits.get("image", 0))]
+        if "transcription" in tasks:
+            rewrites.append(speech.from_json(guard))
         return rewrites
 
     def _guard(self, memory: Budget) -> Guard:
@@ -151,10 +162,14 @@ class Engine:
         validation.fail_fast(app)
         with translated():
             await init_app_state(self._client, app.state, self._args, tasks)
+        speech.replace_decoding(app.state, guard)
         entered = asyncio.Event()
         self._lifespan = asyncio.create_task(_run_lifespan(app, entered, guard))
         if (winner := await race.first(self._lifespan, entered.wait())) is self._lifespan:
             winner.result()
+        if self._args.enable_lora and self._settings.lora_allow:
+            self._adapters = Adapters(self._client, app, Path(self._args.model), self._settings)
+            return self._adapters.over(app)
         return app
 
     async def _warm_up(self, app: App, tasks: Iterable[str]) -> None:
@@ -198,6 +213,8 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine's processes."""
         self._client.shutdown(timeout=SHUTDOWN_SECONDS)
+        if self._adapters is not None:
+            self._adapters.close()
 
 
 async def _run_lifespan(app: Starlette, entered: asyncio.Event, guard: Guard) -> None:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,10 @@ def download(repository: Repository, settings: Settings) -> Path:
         raise StartupError(f"No folder for {repository.name} is writable ({error}). Set DOWNLOAD_DIR to one.") from None
 
 
+class UnusableRepositoryError(ConfigurationError):
+    """The repository lacks a file that is needed, or is too large."""
+
+
 class _NotWritableError(Exception):
     """Why a cache is not writable."""
 
@@ -102,7 +106,7 @@ def _download_to(cache: Path, repository: Repository, settings: Settings) -> Pat
             if not attempts_left:
                 raise StartupError(
                     f"{_setting(repository)} is in no local cache and could not be fetched from the Hugging Face "
-                    f"Hub: {type(cause).__name__}. Check the network, or set {repository.variable} to a local folder."
+                    f"Hub: {type(cause).__name__}. {_advice(repository)}"
                 ) from error
             log.warning("The download failed (%s). Trying again", type(cause).__name__)
             time.sleep(backoff.next())
@@ -116,9 +120,10 @@ def _download(cache: Path, repository: Repository, settings: Settings) -> Path:
         revision=repository.revision,
         token=settings.hf_token,
         cache_dir=cache,
-        allow_patterns=None if path is None else path if repository.is_file else f"{path}/*",
+        allow_patterns=repository.files or (None if path is None else path if repository.is_file else f"{path}/*"),
     )
     files: Any = fetch(dry_run=True, ignore_patterns=NOT_NEEDED)
+    _check_files({file.filename: file.file_size for file in files}, repository)
     if not files:
         place = f"nothing at {path!r}" if path else "no files"
         raise ConfigurationError(f"{_setting(repository)}: the repository has {place}. Correct the name or the path.")
@@ -139,6 +144,16 @@ def _download(cache: Path, repository: Repository, settings: Settings) -> Path:
     return folder
 
 
+def _check_files(sizes: Mapping[str, int], repository: Repository) -> None:
+    """Check that a repository has the files that are needed of it, and that they are not too large."""
+    if missing := set(repository.files or ()) - sizes.keys():
+        raise UnusableRepositoryError(f"{_setting(repository)}: the repository has no {', '.join(sorted(missing))}.")
+    if repository.max_bytes is not None and (size := sum(sizes.values())) > repository.max_bytes:
+        raise UnusableRepositoryError(
+            f"{_setting(repository)}: its files have {size} bytes; at most {repository.max_bytes} are accepted."
+        )
+
+
 def _ignored(names: Collection[str], repository: Repository, config_format: str) -> list[str]:
     """Return patterns of the files not to download, given the names of all files and vLLM's `--config-format`."""
     weights = weight_files(names) if repository.has_weights else []
@@ -152,6 +167,13 @@ def _ignored(names: Collection[str], repository: Repository, config_format: str)
         is_mistrals = "params.json" in names and config_format != "hf"
         ignored.append("model*.safetensors*" if is_mistrals else "consolidated*")
     return ignored
+
+
+def _advice(repository: Repository) -> str:
+    """Return what to do if the Hub cannot be reached."""
+    if repository.files:
+        return "Try again later."
+    return f"Check the network, or set {repository.variable} to a local folder."
 
 
 def _setting(repository: Repository) -> str:

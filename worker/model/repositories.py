@@ -35,6 +35,10 @@ class Repository:
     required: tuple[tuple[str, ...], ...] = (CONFIGURATION,)
     """Groups of file name patterns. A complete snapshot has a file of each group."""
     has_weights: bool = True
+    files: tuple[str, ...] | None = None
+    """The only files to download. None: all that vLLM may need."""
+    max_bytes: int | None = None
+    """The size above which these files are not downloaded."""
 
     @property
     def value(self) -> str:

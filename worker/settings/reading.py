@@ -84,6 +84,8 @@ def _warnings(settings: Settings) -> Iterator[str]:
                 yield f"{name} names a secret that RunPod has not replaced. Create it, or correct its name."
     if settings.is_pod and settings.mode == "http" and not settings.worker_api_key:
         yield "WORKER_API_KEY is not set: anybody who knows the pod's address can use the worker."
+    if settings.adapter_folder and not settings.lora_allow:
+        yield "ADAPTER_FOLDER has no effect without LORA_ALLOW. It lists the adapters that requests may load."
     if (limit := settings.max_concurrency or 0) > MAX_CONCURRENCY:
         yield f"MAX_CONCURRENCY={limit} counts as {MAX_CONCURRENCY}, the most requests that a worker accepts."
 

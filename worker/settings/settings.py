@@ -150,14 +150,15 @@ class Settings(BaseModel):
     lora_allow: tuple[str, ...] = ()
     """The LoRA adapters that a request may load by its `model`: names (ORG/NAME, or of folders in `ADAPTER_FOLDER`) or
     patterns such as `ORG/*`, separated by commas. Default: only the adapters in `LORA_MODULES`."""
-    adapter_folder: Path | None = None
+    adapter_folder: str | None = None
     """A folder whose subfolders are LoRA adapters. Requests may load those that `LORA_ALLOW` matches."""
-    result_folder: Path | None = None
+    result_folder: str | None = None
     """The folder that keeps results too large for RunPod's queue, for example on the network volume."""
     bucket_endpoint_url: str | None = None
     """The S3 server that keeps results too large for RunPod's queue. Default: a job's own `s3Config`."""
     bucket_name: str | None = None
-    """The bucket on `BUCKET_ENDPOINT_URL`. Default: the first part of that URL's path."""
+    """The bucket on `BUCKET_ENDPOINT_URL`. Default: the first part of that URL's path, or else the month, such as
+    `11-26`, as for RunPod's SDK."""
     bucket_access_key_id: str | None = None
     """The access key for `BUCKET_ENDPOINT_URL`."""
     bucket_secret_access_key: str | None = None

@@ -1,0 +1,59 @@
+"""A worker whose requests name LoRA adapters, shared by all tests."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import API_KEY, Endpoint, run_endpoint
+from tests.model.hub import Hub, handler_for
+from tests.support import adapters
+from tests.support.ports import free_port
+
+
+@dataclass(frozen=True)
+class AdapterWorker:
+    """A worker for jobs of an endpoint and for requests over HTTP, its adapter folder and the stand-in for the Hub."""
+
+    endpoint: Endpoint
+    url: str
+    folder: Path
+    hub: Hub
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def adapter_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterWorker]:
+    """The worker keeps two adapters. Those in LORA_MODULES are the same that requests load."""
+    root, hub, port = tmp_path_factory.mktemp("adapters"), Hub(), free_port()
+    for name in ("french", "upper"):
+        adapters.write(root / "folder" / name, adapters.files_of(name))
+        hub.repositories[f"my-org/{name}"] = adapters.files_of(name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler_for(hub)) as server:
+        hub.port = server.server_address[1]
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        settings = {
+            "LORA_ALLOW": ",".join(["my-org/*", "french", "upper", "changing", "missing", *adapters.wrong()]),
+            "LORA_MODULES": f"static-french={adapters.FOLDER}/french,static-upper={adapters.FOLDER}/upper",
+            "ADAPTER_FOLDER": str(root / "folder"),
+            "MAX_CPU_LORAS": "2",
+            "MAX_LORA_RANK": adapters.RANK,
+            "WORKER_API_KEY": API_KEY,
+            "MEDIA_ALLOW_PRIVATE_NETWORKS": "true",
+            "HF_HOME": str(root / "home"),
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        # The program that serves both ways.
+        command = [sys.executable, "-m", "tests.support.speech", str(port)]
+        with run_endpoint(root, command, **settings) as endpoint:
+            yield AdapterWorker(endpoint, f"http://127.0.0.1:{port}", root / "folder", hub)
+        server.shutdown()

@@ -1,0 +1,279 @@
+"""LoRA adapters that requests name: loads them into the engine, and unloads the least recently used ones."""
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, nullcontext, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from worker import threads
+from worker.model import adapters as files
+from worker.model.adapter_checks import AdapterNotAllowedError, Base, check, rejected
+from worker.request.asgi import App, Message, Receive, Send, header
+from worker.request.rewrite import is_json
+from worker.settings import Settings
+
+log = logging.getLogger(__name__)
+
+DOWNLOADS = 4
+"""How many adapters are downloaded at once."""
+READERS = 2
+"""How many adapters on disk are checked at once."""
+POLL_SECONDS = 0.5
+
+
+def keep_slot_free(args: Namespace) -> None:
+    """On CPUs, have vLLM create one place more for adapters than are ever used.
+
+    Its code for CPUs uses the adapter in the last place for requests without one (vLLM's pull request 48421).
+    """
+    if args.enable_lora and current_platform.is_cpu():
+        used = max(args.max_loras, args.max_cpu_loras or 0, len(args.lora_modules or ()))
+        args.max_loras = args.max_cpu_loras = used + 1
+
+
+class _Body(msgspec.Struct):
+    """The only field of a request's JSON body that is needed here."""
+
+    model: Any = None
+
+
+class _Adapter:
+    """An adapter that requests use or load."""
+
+    def __init__(self, name: str, static: LoRARequest | None) -> None:
+        self.name = name
+        self.users = 0
+        """How many requests use it, or wait for it."""
+        self.request = static
+        """Set while the engine has the adapter."""
+        self.is_static = static is not None
+        """Whether LORA_MODULES names it. Its name stays known when it is unloaded."""
+        self.is_leaving = False
+        """Whether it makes room for another one. New requests wait until it has left."""
+        self.loading: asyncio.Task[None] | None = None
+
+
+class Adapters:
+    """The adapters of one engine. At most MAX_CPU_LORAS are loaded, and none is unloaded while a request uses it.
+
+    The engine therefore never loads one by itself. That would end it if the files were gone or damaged.
+    """
+
+    def __init__(self, client: AsyncLLM, app: Starlette, model: Path, settings: Settings) -> None:
+        self._client = client
+        self._models = app.state.openai_serving_models
+        self._model = model
+        self._settings = settings
+        config: Any = client.vllm_config.lora_config
+        self._max_rank: int = config.max_lora_rank
+        self._capacity: int = config.max_cpu_loras - current_platform.is_cpu()
+        self._adapters: dict[str, _Adapter] = {}
+        """By name, the least recently used first."""
+        self._loading = asyncio.Lock()
+        """Held while adapters are loaded into the engine or unloaded from it."""
+        self._changed = asyncio.Event()
+        self._downloads = ThreadPoolExecutor(DOWNLOADS, "adapter-downloads")
+        self._readers = ThreadPoolExecutor(READERS, "adapter-readers")
+        self._copies = Path(tempfile.mkdtemp(prefix="adapters-"))
+        self._models.show_available_models = self._listing(self._models.show_available_models)
+        for name, request in [*self._models.lora_requests.items()][-self._capacity :]:
+            # vLLM has loaded the adapters in LORA_MODULES.
+            self._adapters[name] = _Adapter(name, request)
+
+    def close(self) -> None:
+        """Remove the copies of adapters."""
+        shutil.rmtree(self._copies, ignore_errors=True)
+
+    def over(self, app: App) -> App:
+        """Return `app`, which gets a request once the adapter that it names is loaded. The body is one message."""
+
+        async def adapted(scope: Message, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["method"] != "POST":
+                await app(scope, receive, send)
+                return
+            message = await receive()
+            pending = [message]
+
+            async def receive_again() -> Message:
+                return pending.pop() if pending else await receive()
+
+            name = await _model_of(scope, message)
+            is_adapter = isinstance(name, str) and self._is_adapter(name)
+            async with self._using(name) if is_adapter else nullcontext():
+                await app(scope, receive_again, send)
+
+        return adapted
+
+    def _is_adapter(self, name: str) -> bool:
+        """Return whether `name` is that of an adapter. vLLM answers for all other names.
+
+        Raises:
+            AdapterNotAllowedError: it may be one, but LORA_ALLOW does not match it.
+        """
+        if not name or self._models.is_base_model(name):
+            return False
+        if name in self._models.lora_requests or files.is_allowed(name, self._settings):
+            return True
+        if "/" in name:
+            raise AdapterNotAllowedError(name)
+        return False
+
+    @asynccontextmanager
+    async def _using(self, name: str) -> AsyncIterator[None]:
+        """Load an adapter unless it is loaded, and keep it while the block runs."""
+        while (adapter := self._adapters.get(name)) is not None and adapter.is_leaving:
+            await self._changed.wait()
+        if adapter is None:
+            adapter = _Adapter(name, None)
+            adapter.loading = asyncio.create_task(self._load(adapter))
+            # All who asked for it may be gone when it fails.
+            adapter.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._adapters.pop(name, None)
+        self._adapters[name] = adapter
+        adapter.users += 1
+        try:
+            if adapter.loading is not None:
+                await asyncio.shield(adapter.loading)
+            yield
+        finally:
+            adapter.users -= 1
+            self._notify()
+
+    def _notify(self) -> None:
+        """Wake everybody who waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _load(self, adapter: _Adapter) -> None:
+        """Find or download an adapter, check it, and load it into the engine."""
+        started, name = time.monotonic(), adapter.name
+        try:
+            # Static adapters have been checked and loaded at the start. They may have been unloaded since.
+            request = self._models.lora_requests.get(name)
+            adapter.is_static = request is not None
+            if request is None:
+                folder = await self._folder(name)
+                request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(folder))
+            async with self._loading:
+                await self._make_room()
+                await self._add(request)
+                adapter.request = self._models.lora_requests[name] = request
+        except BaseException:
+            del self._adapters[name]
+            self._notify()
+            raise
+        log.info("Loaded the LoRA adapter %s in %.1f s", name, time.monotonic() - started)
+
+    async def _folder(self, name: str) -> Path:
+        """Return the folder of an adapter that fits the model, and whose files nobody changes.
+
+        Raises:
+            AdapterError, AdapterUnavailableError: there is none.
+        """
+        base = await threads.call(self._readers, lambda: self._base)
+        settings = self._settings
+        folder = await threads.call(self._readers, files.find, name, settings, self._copies, base.max_bytes)
+        if folder is None:
+            folder = await threads.call(self._downloads, files.download, name, settings, base.max_bytes)
+        await threads.call(self._readers, check, folder, name, base)
+        return folder
+
+    @cached_property
+    def _base(self) -> Base:
+        names = [self._settings.model_name, *(model.name for model in self._models.base_model_paths)]
+        return Base.of(self._model, names, self._max_rank)
+
+    async def _make_room(self) -> None:
+        """Unload adapters until there is room for another one. If all are in use, new requests for one of them wait."""
+        while len(loaded := [each for each in self._adapters.values() if each.request]) >= self._capacity:
+            if (unused := next(filter(self._is_unused, loaded), None)) is not None:
+                await self._unload(unused)
+                continue
+            changed, oldest = self._changed, loaded[0]
+            oldest.is_leaving = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await changed.wait()
+            oldest.is_leaving = False
+
+    def _is_unused(self, adapter: _Adapter) -> bool:
+        """Return whether no request uses an adapter, not even one that goes on in the background."""
+        states = self._client.output_processor.request_states.values()
+        return not adapter.users and all(state.lora_name != adapter.name for state in states)
+
+    async def _unload(self, adapter: _Adapter) -> None:
+        adapter.is_leaving = True
+        if not adapter.is_static:
+            self._models.lora_requests.pop(adapter.name, None)
+        if adapter.request is not None:
+            await self._client.remove_lora(adapter.request.lora_int_id)
+        del self._adapters[adapter.name]
+        self._notify()
+        log.info("Unloaded the LoRA adapter %s", adapter.name)
+
+    async def _add(self, request: LoRARequest) -> None:
+        """Load an adapter into the engine.
+
+        Raises:
+            AdapterError: vLLM cannot use it.
+        """
+        # vLLM raises a plain `Exception` with the message of the engine process.
+        (result,) = await asyncio.gather(self._client.add_lora(request), return_exceptions=True)
+        if not isinstance(result, BaseException):
+            return
+        if self._client.errored or type(result) is not Exception:
+            raise result
+        # It may have been loaded in part.
+        await self._client.remove_lora(request.lora_int_id)
+        raise rejected(request.lora_name, str(result), request.lora_path)
+
+    def _listing(self, show: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
+        """Return `show`, the function behind /v1/models, with the adapters that requests may load."""
+
+        async def show_available_models() -> Any:
+            models = await show()
+            offered = await asyncio.to_thread(files.offered, self._settings)
+            loaded = {each.name for each in self._adapters.values() if each.request and not each.is_static}
+            # vLLM shows the folders of those that are loaded.
+            models.data = [card for card in models.data if card.id not in loaded]
+            names = loaded.union(offered).difference(card.id for card in models.data)
+            base = models.data[0]
+            fields = {"parent": base.id, "max_model_len": None}
+            models.data += [base.model_copy(update={**fields, "id": name, "root": name}) for name in sorted(names)]
+            return models
+
+        return show_available_models
+
+
+async def _model_of(scope: Message, message: Message) -> Any:
+    """Return the `model` of a request with a JSON object or a form."""
+    if message["type"] != "http.request":
+        return None
+    if is_json(scope):
+        with suppress(ValueError, RecursionError):
+            return msgspec.json.decode(message.get("body", b""), type=_Body).model
+    elif header(scope, b"content-type").lower().startswith(b"multipart/form-data"):
+
+        async def receive() -> Message:
+            return message
+
+        with suppress(MultiPartException):
+            async with Request(scope, receive).form() as form:
+                return form.get("model")
+    return None
