@@ -5,9 +5,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx
 import psutil
@@ -21,6 +22,7 @@ from tests.support.links import Server
 from tests.support.ports import free_port
 
 COMMAND = [sys.executable, "handler.py"]
+Worker = TypeVar("Worker")
 API_KEY = "key-that-no-log-may-hold"
 TEAM_KEY = "named-key-that-no-log-may-hold"
 START_SECONDS = 180
@@ -96,6 +98,35 @@ def run_http_worker(folder: Path, **environment: str) -> Iterator[HttpWorker]:
         wait_until_ready(worker, log, is_ready)
         yield http_worker
         stop(worker)
+
+
+def both_ways(port: int) -> list[str]:
+    """Return the command of a worker that answers jobs, and requests over HTTP on a port."""
+    return [sys.executable, "-m", "tests.support.both_ways", str(port)]
+
+
+class OneAtATime:
+    """Runs workers with other models, which are shared by tests, one at a time: each needs 4 GB of memory."""
+
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._running = ExitStack()
+        self._name = ""
+        self._worker: Any = None
+
+    def get(self, name: str, run: Callable[[Path], AbstractContextManager[Worker]]) -> Worker:
+        """Return the worker of this name. If another one runs, it is stopped, and `run` starts this one."""
+        if name != self._name:
+            self.stop()
+            self._worker = self._running.enter_context(run(self._folders.mktemp(name)))
+            self._name = name
+        worker: Worker = self._worker
+        return worker
+
+    def stop(self) -> None:
+        """Stop the worker that runs."""
+        self._name = ""
+        self._running.close()
 
 
 def wait_until_ready(worker: WorkerProcess, log: Path, is_ready: Callable[[], bool]) -> None:
@@ -182,10 +213,10 @@ class SpeechWorker:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=60)
 
 
-@pytest.fixture(scope="session")
-def speech_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpeechWorker]:
-    """A worker with the tiny speech model, shared by all tests."""
-    folder, port = tmp_path_factory.mktemp("speech_worker"), free_port()
+@contextmanager
+def run_speech_worker(folder: Path) -> Iterator[SpeechWorker]:
+    """Run a worker with the tiny speech model."""
+    port = free_port()
     environment = {
         **speech.ENVIRONMENT,
         "WORKER_API_KEY": API_KEY,
@@ -194,7 +225,7 @@ def speech_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpeechWo
         "MAX_AUDIO_BYTES": str(speech.LARGEST_BYTES),
         "VLLM_MAX_AUDIO_DECODE_DURATION_S": str(speech.LONGEST_SECONDS),
     }
-    command = [sys.executable, "-m", "tests.support.speech", str(port)]
+    command = both_ways(port)
     with run_endpoint(folder, command, **environment) as endpoint:
         worker = SpeechWorker(endpoint, f"http://127.0.0.1:{port}")
         # The first request for log probabilities compiles code and may exceed REQUEST_TIMEOUT.
@@ -203,6 +234,20 @@ def speech_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpeechWo
             while client.post("/v1/audio/transcriptions", files=files, data=data).status_code == 504:
                 pass
         yield worker
+
+
+@pytest.fixture(scope="session")
+def other_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneAtATime]:
+    """The workers with other models than the shared ones."""
+    workers = OneAtATime(tmp_path_factory)
+    yield workers
+    workers.stop()
+
+
+@pytest.fixture(scope="module")
+def speech_worker(other_workers: OneAtATime) -> SpeechWorker:
+    """A worker with the tiny speech model."""
+    return other_workers.get("speech", run_speech_worker)
 
 
 @pytest.fixture

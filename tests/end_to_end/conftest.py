@@ -1,8 +1,8 @@
-"""A worker whose requests name LoRA adapters, shared by all tests."""
+"""A worker whose requests name LoRA adapters."""
 
-import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import API_KEY, Endpoint, run_endpoint
+from tests.conftest import API_KEY, Endpoint, OneAtATime, both_ways, run_endpoint
 from tests.model.hub import Hub, handler_for
 from tests.support import adapters
 from tests.support.ports import free_port
@@ -29,10 +29,10 @@ class AdapterWorker:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {API_KEY}"}, timeout=60)
 
 
-@pytest.fixture(scope="session")
-def adapter_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterWorker]:
-    """The worker keeps two adapters. Those in LORA_MODULES are the same that requests load."""
-    root, hub, port = tmp_path_factory.mktemp("adapters"), Hub(), free_port()
+@contextmanager
+def run_adapter_worker(root: Path) -> Iterator[AdapterWorker]:
+    """Run a worker that keeps two adapters. Those in LORA_MODULES are the same that requests load."""
+    hub, port = Hub(), free_port()
     for name in ("french", "upper"):
         adapters.write(root / "folder" / name, adapters.files_of(name))
         hub.repositories[f"my-org/{name}"] = adapters.files_of(name)
@@ -52,8 +52,12 @@ def adapter_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapter
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
         }
-        # The program that serves both ways.
-        command = [sys.executable, "-m", "tests.support.speech", str(port)]
-        with run_endpoint(root, command, **settings) as endpoint:
+        with run_endpoint(root, both_ways(port), **settings) as endpoint:
             yield AdapterWorker(endpoint, f"http://127.0.0.1:{port}", root / "folder", hub)
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def adapter_worker(other_workers: OneAtATime) -> AdapterWorker:
+    """A worker whose requests name LoRA adapters."""
+    return other_workers.get("adapters", run_adapter_worker)

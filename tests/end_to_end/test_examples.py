@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import API_KEY, Endpoint, HttpWorker
-from tests.support import media
+from tests.support import media, pdfs
 from tests.support.links import Server
 from tests.support.tiny import ROOT
 
@@ -66,6 +67,24 @@ def test_the_client_asks_an_endpoint(endpoint: Endpoint, links: Server, tmp_path
         "The image is green. The video goes from red to blue.\n"
     )
     assert "\nOnce upon a time" in "\n" + run("client.py", "Tell me a story", *target).stdout
+
+
+@pytest.mark.parametrize("way", ["queue", "http"])
+def test_the_client_asks_about_a_pdf(endpoint: Endpoint, base_url: str, tmp_path: Path, way: str) -> None:
+    (tmp_path / "page.pdf").write_bytes(pdfs.of_colours("red"))
+    queue = ("--endpoint", "local", "--api", endpoint.server.base_url_v2)
+    target = queue if way == "queue" else ("--base-url", base_url)
+    assert (
+        run("client.py", "What is this?", "--document", tmp_path / "page.pdf", *target).stdout == "The image is red.\n"
+    )
+
+
+def test_the_client_follows_the_link_to_a_stored_result(links: Server) -> None:
+    client = runpy.run_path(str(ROOT / "examples/client.py"))
+    assert client["whole"]({"result_url": f"{links.url}/chat/hello"}) == {
+        "messages": [{"role": "user", "content": "Hello"}]
+    }
+    assert client["whole"](["as it is"]) == ["as it is"]
 
 
 def test_the_client_shows_the_status_of_a_job(endpoint: Endpoint) -> None:

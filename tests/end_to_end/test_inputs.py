@@ -3,15 +3,16 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from standin import Behaviour
-from tests.conftest import Endpoint, SpeechWorker, run_endpoint
-from tests.end_to_end.conftest import AdapterWorker
+from tests.conftest import Endpoint, OneAtATime, run_endpoint, run_speech_worker
+from tests.end_to_end.conftest import run_adapter_worker
 from tests.support import audio_model, examples
 from tests.support.examples import Example
 from tests.support.links import Server
@@ -20,49 +21,45 @@ from tests.support.tiny import ROOT
 PAGE = (ROOT / "docs/inputs.md").read_text()
 EXAMPLES = sorted(examples.read(PAGE), key=lambda example: (example.model, example.line))
 """Sorted by model, so that each worker starts once."""
-EMBEDDING = {"RUNNER": "pooling", "CONVERT": "embed"}
-"""The settings by which the embedded model computes embeddings."""
 LINK = re.compile(r"https://example\.com/([a-z0-9_-]+)\.(png|mp4|json|wav|pdf)")
 BEHAVIOURS = {"png": "picture", "mp4": "film", "json": "chat", "wav": "speech", "pdf": "document"}
 TIMEOUT = 60
 
 
 class Workers:
-    """Endpoints by kind of model. "chat", "speech" and "adapters" have shared ones; of the rest, one runs at a time."""
+    """Endpoints by kind of model."""
 
-    def __init__(self, request: pytest.FixtureRequest, folders: pytest.TempPathFactory) -> None:
-        self._request, self._folders = request, folders
-        self._running = ExitStack()
-        self._endpoints: dict[str, Endpoint] = {}
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
 
     def endpoint(self, model: str) -> Endpoint:
         """Return an endpoint whose worker has a model of this kind."""
-        if model == "chat":
-            endpoint: Endpoint = self._request.getfixturevalue("endpoint")
-            return endpoint
-        if model == "speech":
-            worker: SpeechWorker = self._request.getfixturevalue("speech_worker")
-            return worker.endpoint
-        if model == "adapters":
-            adapter_worker: AdapterWorker = self._request.getfixturevalue("adapter_worker")
-            return adapter_worker.endpoint
-        if model not in self._endpoints:
-            self.stop()
-            folder = self._folders.mktemp(model)
-            settings = EMBEDDING if model == "embedding" else audio_model.create(folder)
-            self._endpoints[model] = self._running.enter_context(run_endpoint(folder, **settings))
-        return self._endpoints[model]
+        others: OneAtATime = self._request.getfixturevalue("other_workers")
+        match model:
+            case "chat":
+                endpoint: Endpoint = self._request.getfixturevalue("endpoint")
+                return endpoint
+            case "speech":
+                return others.get("speech", run_speech_worker).endpoint
+            case "adapters":
+                return others.get("adapters", run_adapter_worker).endpoint
+            case "embedding":
+                return others.get("embedding", run_embedding_worker)
+            case _:
+                return others.get("audio", run_audio_worker)
 
-    def stop(self) -> None:
-        self._endpoints.clear()
-        self._running.close()
+
+def run_embedding_worker(folder: Path) -> AbstractContextManager[Endpoint]:
+    return run_endpoint(folder, RUNNER="pooling", CONVERT="embed", MEDIA_ALLOW_PRIVATE_NETWORKS="true")
+
+
+def run_audio_worker(folder: Path) -> AbstractContextManager[Endpoint]:
+    return run_endpoint(folder, **audio_model.create(folder))
 
 
 @pytest.fixture(scope="module")
-def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    workers = Workers(request, tmp_path_factory)
-    yield workers
-    workers.stop()
+def workers(request: pytest.FixtureRequest) -> Workers:
+    return Workers(request)
 
 
 def prepared(text: str, links: Server) -> str:

@@ -165,6 +165,15 @@ def test_routes_that_load_from_another_thread(server: Server) -> None:
     assert asyncio.run(run()).size == (64, 64)
 
 
+def test_the_event_loop_does_not_wait_for_itself() -> None:
+    async def run() -> None:
+        async with connector() as request_connector:
+            with pytest.raises(RuntimeError, match="event loop"):
+                request_connector.fetch_image(url(media.picture("red")))
+
+    asyncio.run(run())
+
+
 def test_links_are_fetched_concurrently_and_each_only_once(server: Server) -> None:
     async def run() -> tuple[list[Any], Usage, float]:
         usage = Usage()

@@ -14,6 +14,9 @@ from runpod.serverless import worker as sdk_worker
 from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_ping, rp_scale, worker_state
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.pooling import factories as pooling_factories
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.pooling.classify import api_router as classify
 from vllm.entrypoints.pooling.embed import api_router as embed
 from vllm.entrypoints.pooling.pooling import api_router as pooling
@@ -35,6 +38,7 @@ from vllm.v1.structured_output import backend_xgrammar
 
 from tests.support.tiny import MODEL, ROOT
 from worker import engine, settings
+from worker.engine.pooling import HANDLERS as POOLING_HANDLERS
 from worker.engine.speech import HANDLERS
 from worker.queue.handler import JobHandler
 from worker.request import routes
@@ -176,6 +180,22 @@ def test_the_handlers_for_speech_have_the_attributes_that_the_worker_uses() -> N
     used = {"asr_config", "max_audio_decode_duration_s", "max_audio_decode_bytes", "_decode_and_chunk_speech_async"}
     assert used <= set(re.findall(r"self\.(\w+)", source))
     assert set(re.findall(r"state\.(\w+)", inspect.getsource(factories.init_speech_to_text_state))) >= HANDLERS
+
+
+def test_the_handlers_for_pooling_prepare_requests_in_two_steps() -> None:
+    source = inspect.getsource(PoolingBaseServing._preprocessing)
+    assert set(re.findall(r"io_processor\.(\w+)", source)) == {"get_request_factory_online", "render_async"}
+    named = re.findall(r"state\.(\w+)", inspect.getsource(pooling_factories.init_pooling_state))
+    assert set(named) >= set(POOLING_HANDLERS)
+
+
+def test_vllm_keeps_adapters_by_name() -> None:
+    source = inspect.getsource(OpenAIServingModels)
+    assert {"lora_requests", "lora_id_counter"} <= set(re.findall(r"self\.(\w+)", source))
+    assert inspect.signature(OpenAIServingModels.show_available_models).parameters.keys() == {"self"}
+    assert inspect.signature(OpenAIServingModels.is_base_model).parameters.keys() == {"self", "model_name"}
+    assert inspect.signature(AsyncLLM.remove_lora).parameters.keys() == {"self", "lora_id"}
+    assert "self.lora_name = " in inspect.getsource(RequestState.__init__)
 
 
 def test_a_request_can_use_another_output_collector() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class Guard:
         self.video_backend = video_backend
         self.decoders = Decoders(self.limits, modules)
         self.documents = Documents(self.limits)
-        self.loop = asyncio.get_running_loop()
+        self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
         self._folder = folder.resolve() if folder else None
         self._memory = memory
         self._fetcher = Fetcher(Policy.of(settings, domains))
@@ -186,6 +187,8 @@ class Connector(MediaConnector):
 
     def load_from_url(self, url: str, media_io: MediaIO[Any], **_: Any) -> Any:
         """Do the same from another thread than the event loop's, as the routes of pooling models do."""
+        if threading.get_ident() == self._guard.thread:
+            raise RuntimeError("vLLM loads media in the event loop, which would wait for itself")
         return asyncio.run_coroutine_threadsafe(self.load_from_url_async(url, media_io), self._guard.loop).result()
 
     async def _page(self, page: Page, mode: str | None, account: Account) -> MediaWithBytes[Image.Image]:

@@ -17,7 +17,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker import race
-from worker.engine import media_errors, patches, speech, validation
+from worker.engine import media_errors, patches, pooling, speech, validation
 from worker.engine.adapters import Adapters
 from worker.engine.arguments import changed
 from worker.engine.client import Monitor
@@ -163,6 +163,7 @@ class Engine:
         with translated():
             await init_app_state(self._client, app.state, self._args, tasks)
         speech.replace_decoding(app.state, guard)
+        pooling.prepare_in_threads(app.state)
         entered = asyncio.Event()
         self._lifespan = asyncio.create_task(_run_lifespan(app, entered, guard))
         if (winner := await race.first(self._lifespan, entered.wait())) is self._lifespan:
