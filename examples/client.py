@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("text", help="the question")
     for flag in ("--image", "--video", "--sound", "--document"):
         parser.add_argument(flag, action="append", default=[], metavar="FILE_OR_URL", help="may be repeated")
+    parser.add_argument("--upload-url", help="for --endpoint: a link for PUT, for an answer above RunPod's 20 MB")
     parser.add_argument("--stream", action="store_true", help="print the text as it arrives")
     parser.add_argument("--max-tokens", type=int, default=500)
     parser.add_argument("--model", help="for --base-url: the model's name (default: the first model of the server)")
@@ -148,6 +149,8 @@ def ask_endpoint(options: argparse.Namespace, messages: Any) -> Iterator[str]:
     if not (key := os.environ.get("RUNPOD_API_KEY")):
         raise NoAnswerError("RUNPOD_API_KEY is not set.")
     job_input = {"messages": messages, "max_tokens": options.max_tokens, "stream": options.stream}
+    if options.upload_url:
+        job_input["upload_url"] = options.upload_url
     body = json.dumps({"input": job_input})
     if len(body) > MAX_JOB_BYTES:
         raise NoAnswerError(f"The job has {len(body):,} bytes, RunPod accepts {MAX_JOB_BYTES:,}. Use links, not files.")

@@ -1,6 +1,7 @@
 """Modes without an engine: which one is chosen, the steps of `run`, and when a worker stops refusing jobs."""
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -143,6 +144,30 @@ def test_a_worker_stops_refusing_after_a_while(jobs: int, seconds: float, tmp_pa
         return asyncio.get_running_loop().time()
 
     assert run_on_virtual_clock(run()) <= seconds
+
+
+class Answered(modes.LocalMode):
+    """A local job with a fixed result."""
+
+    def __init__(self, worker: Worker, result: dict[str, Any]) -> None:
+        super().__init__(worker, None)
+        self._result = result
+
+    async def _answer(self) -> dict[str, Any]:
+        return self._result
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [({"status": "COMPLETED", "output": ["ä"]}, 0), ({"status": "FAILED", "error": "no"}, 1)],
+    ids=["answered", "failed"],
+)
+def test_the_result_of_a_local_job_is_printed(
+    result: dict[str, Any], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Answered(worker(tmp_path), result).serve() == code
+    assert json.loads(capsys.readouterr().out) == result
 
 
 DROPPED_STOP = """

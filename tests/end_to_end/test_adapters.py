@@ -6,6 +6,7 @@ compared with that of an adapter that was loaded at the start.
 
 import json
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import API_KEY
 from tests.end_to_end.conftest import AdapterWorker
@@ -97,7 +99,7 @@ def test_concurrent_requests_get_the_answers_of_their_adapters(adapter_worker: A
     assert texts == wanted
     log = adapter_worker.endpoint.log.read_text()
     assert "Unloaded the LoRA adapter" in log
-    lines = [json.loads(line) for line in log.splitlines() if '"route": "/v1/' in line]
+    lines = [json.loads(line) for line in log.rpartition("\n")[0].splitlines() if '"route": "/v1/' in line]
     assert {line["adapter"] for line in lines if line["output_tokens"]} == {None, *models} - {"tiny"}
 
 
@@ -126,6 +128,30 @@ def test_other_routes(adapter_worker: AdapterWorker) -> None:
             answer = client.post("/v1/responses", json={"model": name, "input": "Hello"}).json()
             assert (answer["model"], answer["output"][0]["content"][0]["text"]) == (name, hello)
             assert client.post("/tokenize", json={"model": name, "prompt": "Hello"}).json()["count"] == 1
+
+
+def test_the_tokens_of_an_adapter_are_counted_for_it(adapter_worker: AdapterWorker) -> None:
+    with adapter_worker.client() as client:
+        before = tokens(client)
+        answer = client.post("/v1/completions", json={"model": "my-org/french", "prompt": "Hello", "max_tokens": 5})
+        usage = answer.json()["usage"]
+        # The metrics change shortly after the answer.
+        deadline = time.monotonic() + 10
+        while (grown := tokens(client) - before)["worker"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert grown == {"worker": usage["total_tokens"], "engine": usage["total_tokens"]}
+
+
+def tokens(client: httpx.Client) -> Counter[str]:
+    """Return how many tokens the adapter my-org/french has used so far, and how many the engine has processed."""
+    counts: Counter[str] = Counter()
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name == "worker_tokens_total" and sample.labels["adapter"] == "my-org/french":
+                counts["worker"] += int(sample.value)
+            elif sample.name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"):
+                counts["engine"] += int(sample.value)
+    return counts
 
 
 def test_openai_client(adapter_worker: AdapterWorker) -> None:
@@ -159,7 +185,9 @@ def test_a_wrong_adapter_is_refused(adapter_worker: AdapterWorker, name: str) ->
         pytest.param("my-org/../../french", 404, "There is no model and no LoRA adapter", id="a path"),
         pytest.param("missing", 404, "There is no model and no LoRA adapter", id="no such folder"),
         pytest.param("gpt-9", 404, "does not exist", id="no adapter's name"),
-        pytest.param("my-org/none", 404, "has no such model, or it is private", id="unknown to the Hub"),
+        pytest.param(
+            "my-org/none", 404, "has no LoRA adapter 'my-org/none', or it is private", id="unknown to the Hub"
+        ),
         pytest.param("my-org/pickled", 400, "the repository has no adapter_model.safetensors", id="pickled weights"),
         pytest.param("my-org/large", 400, "at most", id="too large"),
         pytest.param("my-org/wrong", 400, "was trained for 'org/gpt-9'", id="of another model"),

@@ -46,7 +46,8 @@ def user(text: str, *urls: str) -> Any:
 
 
 def log_lines(worker: HttpWorker, text: str = "") -> list[dict[str, Any]]:
-    lines = worker.log.read_text().splitlines()
+    # The worker may be writing the last line.
+    *lines, _ = worker.log.read_text().split("\n")
     return [json.loads(line) for line in lines if line.startswith("{") and text in line]
 
 

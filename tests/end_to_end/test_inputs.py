@@ -96,6 +96,8 @@ def accepted_results(endpoint: Endpoint, example: Example) -> Iterator[None]:
         yield
     finally:
         platform.behaviour = before
+        # Another test checks that no other test leaves any.
+        platform.records.oversized_posts.clear()
 
 
 @pytest.mark.parametrize("example", [pytest.param(example, id=f"line {example.line}") for example in EXAMPLES])
@@ -112,6 +114,21 @@ def test_a_request_gets_the_answer_of_the_page(workers: Workers, links: Server, 
     for way, answer in example.answers.items():
         shown = json.loads(prepared(json.dumps(answer), links))
         assert not list(examples.differences(examples.whole(shown), examples.whole(real[way])))
+    if example.path == "runsync":
+        check_usage(endpoint, real[""])
+
+
+def check_usage(endpoint: Endpoint, job: dict[str, Any]) -> None:
+    """Check that the tokens in a job's answer are those of its log line."""
+    output = job.get("output")
+    usage = output[0].get("usage") if isinstance(output, list) and isinstance(output[0], dict) else None
+    if not usage or usage.get("type") == "duration":
+        return
+    of_input = usage.get("prompt_tokens", usage.get("input_tokens"))
+    of_output = usage.get("completion_tokens", usage.get("output_tokens")) or 0
+    lines = endpoint.log.read_text().rpartition("\n")[0].splitlines()
+    (line,) = (json.loads(line) for line in lines if f'"request_id": "{job["id"]}"' in line and '"outcome"' in line)
+    assert (line["input_tokens"], line["output_tokens"]) == (of_input, of_output)
 
 
 def test_the_stream_of_a_failed_job_ends_with_the_error(workers: Workers) -> None:

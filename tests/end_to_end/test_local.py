@@ -38,13 +38,6 @@ def test_test_input_json_is_answered() -> None:
     assert not re.findall(r"Traceback|Task exception", completed.stderr)
 
 
-def test_a_failed_local_job_exits_with_code_1() -> None:
-    completed = run("--test_input", '{"input": {"messages": [], "stream": true}}')
-    result = json.loads(completed.stdout)
-    assert (completed.returncode, result["status"]) == (1, "FAILED"), completed.stderr
-    assert json.loads(result["error"])["code"] == 400
-
-
 @pytest.mark.parametrize(
     ("arguments", "environ", "message"),
     [

@@ -436,7 +436,9 @@ def test_metrics_can_be_read_from_their_own_port_and_through_a_job(endpoint: End
 
 
 def test_the_worker_and_vllm_log_in_the_same_format(endpoint: Endpoint) -> None:
-    lines = [json.loads(line) for line in endpoint.log.read_text().splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line) for line in endpoint.log.read_text().rpartition("\n")[0].splitlines() if line.startswith("{")
+    ]
     assert {line["logger"].partition(".")[0] for line in lines} >= {"worker", "vllm"}
     assert all("timestamp" in line for line in lines)
 

@@ -319,7 +319,7 @@ def tokens_of_engine(http: httpx.Client) -> tuple[int, int]:
 
 def last_line(log: Path) -> Any:
     """Return the last line of the log about a job."""
-    lines = [line for line in log.read_text().splitlines() if '"input_tokens"' in line]
+    lines = [line for line in log.read_text().rpartition("\n")[0].splitlines() if '"input_tokens"' in line]
     return json.loads(lines[-1])
 
 

@@ -19,6 +19,9 @@ from worker.engine.media_errors import RejectedMediaError
 from worker.errors import JobError
 from worker.media.documents import current_pages
 from worker.memory import Budget
+from worker.request.asgi import Message, Receive, Send
+from worker.request.pipeline import BodyBudget
+from worker.request.rewrite import rewriting
 from worker.settings.environment import MEDIA_CONNECTOR
 from worker.telemetry.usage import Usage, current_usage
 
@@ -186,6 +189,16 @@ def test_other_requests_stay_as_they_are(body: bytes) -> None:
     assert asyncio.run(rewritten(body))[0] is body
 
 
+def test_bodies_that_are_no_strict_json() -> None:
+    body = json.dumps(chat(file_part(), QUESTION)).encode()
+    for extra in (b'"x": NaN', rb'"x": "\ud800"'):
+        new_body, _ = asyncio.run(rewritten(body[:-1] + b", " + extra + b"}"))
+        assert extra in new_body
+        assert len(json.loads(new_body)["messages"][0]["content"]) == 3
+    new_body, _ = asyncio.run(rewritten(b"\xef\xbb\xbf" + body))
+    assert len(json.loads(new_body)["messages"][0]["content"]) == 3
+
+
 # ---- What is refused
 
 
@@ -242,6 +255,34 @@ def test_the_limit_for_images_is_for_each_conversation_of_a_batch() -> None:
 def test_too_many_documents_are_refused() -> None:
     error = refused(chat(*[file_part()] * (MAX_DOCUMENTS + 1)))
     assert (error.status, error.param) == (400, f"messages[0].content[{MAX_DOCUMENTS}]")
+
+
+def test_a_client_that_disconnects_while_a_document_loads(server: Server) -> None:
+    async def app(_scope: Message, _receive: Receive, _send: Send) -> None:
+        raise AssertionError("nobody waits for an answer")
+
+    async def send(_message: Message) -> None:
+        raise AssertionError("nobody takes a response")
+
+    async def main() -> None:
+        memory = Budget(4 << 30)
+        guard = Guard(settings.read(ENVIRONMENT), memory)
+        part = {"type": "file", "file": {"file_url": f"{server.url}/drip"}}
+        messages: list[Message] = [{"type": "http.request", "body": json.dumps(chat(part)).encode()}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            while not server.hits:  # noqa: ASYNC110 - until the link is being fetched
+                await asyncio.sleep(0.01)
+            return {"type": "http.disconnect"}
+
+        async with aclosing(guard):
+            layers = BodyBudget(rewriting(app, rewriting_documents(guard, 100)), memory)
+            await layers({**SCOPE, "path": "/"}, receive, send)
+            assert memory.held == 0
+
+    asyncio.run(main())
 
 
 # ---- What the connector returns

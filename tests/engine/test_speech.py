@@ -43,7 +43,7 @@ async def rewritten(
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     async with guarded(**environ) as guard:
         request = Request("POST", path, headers={"content-type": content_type, "content-length": str(len(data))})
-        return await speech.from_json(guard)(request.scope(), data)
+        return await speech.rewriting_json(guard)(request.scope(), data)
 
 
 async def form_of(scope: Message, body: bytes) -> list[tuple[str, Any]]:

@@ -139,7 +139,7 @@ class _HereDecoder(Decoder):
 class _HereProcess(Process):
     """A decoder in this process. Requests and replies become JSON, as between processes."""
 
-    is_alive = True
+    is_alive = is_usable = True
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, MAX_BYTES)

@@ -433,7 +433,7 @@ def test_a_crashed_process_leaves_no_file_descriptor_open() -> None:
             with pytest.raises(MediaError):
                 await case.frames((hostile.FOLDER / "crash.mp4").read_bytes(), read_as_vllm_does)
         await case.frames(FILM, count)
-        assert open_files() == before
+        assert open_files() <= before
 
     run(decode)
 

@@ -17,8 +17,8 @@ from tests.support.hostile_images import File
 from worker import settings
 from worker.errors import MediaError, MediaTooLargeError, MemoryExceededError
 from worker.media.checks import Limits
-from worker.media.decoder_documents import DOCUMENT_BYTES, MAX_CHARACTERS
-from worker.media.documents import Document, Documents, Page
+from worker.media.decoder_documents import MAX_CHARACTERS
+from worker.media.documents import DRAWING_BYTES, Document, Documents, Page
 from worker.memory import Budget
 
 T = TypeVar("T")
@@ -251,7 +251,54 @@ def test_documents_for_which_there_is_no_memory() -> None:
             await case.open(pdfs.of_colours("red"))
         assert case.memory.held == 0
 
-    run(work, memory=DOCUMENT_BYTES - 1)
+    run(work, memory=DRAWING_BYTES)
+
+
+def test_documents_take_turns_if_there_is_memory_for_one_page_only() -> None:
+    async def work(case: Case) -> None:
+        large = await case.open(pdfs.of_colours(*["red"] * 4))
+        other = Document(pdfs.of_colours("blue"), PATH)
+        account = case.memory.account()
+
+        async def open_and_draw() -> None:
+            await case.documents.open(other, account)
+            await case.documents.draw(Page(other, 0), "RGB", account)
+
+        await asyncio.gather(*(case.draw(large, index) for index in range(4)), open_and_draw())
+        assert (case.account.brief, account.brief) == (0, 0)
+        account.close()
+
+    run(work, memory=2 * DRAWING_BYTES)
+
+
+def test_pages_that_wait_for_a_process_hold_no_memory() -> None:
+    async def work(case: Case) -> None:
+        document = await case.open(pdfs.of_colours(*["red"] * 20))
+        drawing = asyncio.gather(*(case.draw(document, index) for index in range(20)))
+        most = 0
+        while not drawing.done():
+            most = max(most, case.account.brief)
+            await asyncio.sleep(0.001)
+        await drawing
+        assert 0 < most < 2 * DRAWING_BYTES
+
+    run(work, {"MEDIA_PROCESSES": "1"})
+
+
+def test_requests_take_turns_to_use_a_process() -> None:
+    async def work(case: Case) -> None:
+        await case.open(pdfs.of_colours("red"))
+        users: list[str] = []
+
+        async def use(request: str) -> None:
+            async with case.documents._pool.process(request):
+                users.append(request)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(use(request) for request in ("A", "A", "A", "A", "A", "B")))
+        assert users.index("B") <= 2
+
+    run(work, {"MEDIA_PROCESSES": "1"})
 
 
 def test_a_cancelled_request_ends_its_drawing() -> None:

@@ -1,5 +1,7 @@
 """LoRA adapters that requests name: which are allowed, where they are found, and which are refused."""
 
+import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import pytest
 from tests.model.hub import Hub, hub_environment
 from tests.support import adapters as tiny_adapters
 from tests.support.adapters import CONFIG, WEIGHTS, files_of, write
-from tests.support.tiny import MODEL
+from tests.support.tiny import MODEL, ROOT
 from worker.model import adapter_checks, adapters
 from worker.model.adapter_checks import AdapterError, AdapterNotFoundError, AdapterUnavailableError, Base, base_name
 from worker.settings import Settings, read
@@ -134,13 +136,52 @@ def test_a_folder_is_copied(tmp_path: Path) -> None:
     assert (first / WEIGHTS).read_bytes() == files_of("french")[WEIGHTS]
 
 
-def test_only_the_last_copies_stay(tmp_path: Path) -> None:
-    for number in range(adapters.MOST_COPIES + 3):
-        write(tmp_path / "folder/mine", files_of("french", number=number))
-        last = adapters.find("mine", settings(tmp_path / "folder"), tmp_path, 10**6)
-    assert last is not None
-    assert len([path for path in tmp_path.iterdir() if path.name != "folder"]) <= adapters.MOST_COPIES
-    assert last.is_dir()
+def test_two_names_have_two_copies(tmp_path: Path) -> None:
+    """Whoever removes one copy does not remove the other."""
+    for name in ("a", "b"):
+        write(tmp_path / "folder" / name, files_of("french"))
+    first, second = (adapters.find(name, settings(tmp_path / "folder"), tmp_path, 10**6) for name in ("a", "b"))
+    assert first != second
+
+
+COPY = """
+import resource, signal, sys
+from pathlib import Path
+from worker.errors import JobError
+from worker.model import adapters
+from worker.settings import read
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+root, copies, model = sys.argv[1:]
+try:
+    adapters.find("a", read({"MODEL_NAME": model, "LORA_ALLOW": "*", "ADAPTER_FOLDER": root}), Path(copies), 10**9)
+except JobError as error:
+    print(error.status, error)
+"""
+
+
+def test_a_folder_that_cannot_be_copied(tmp_path: Path) -> None:
+    write(tmp_path / "folder/a", files_of("french"))
+    (tmp_path / "copies").mkdir()
+    command = [sys.executable, "-c", COPY, str(tmp_path / "folder"), str(tmp_path / "copies"), str(MODEL)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.strip() == (
+        "503 The worker cannot copy the files of the LoRA adapter 'a': File too large. Try again later."
+    )
+    assert not list((tmp_path / "copies").iterdir())
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(AdapterUnavailableError, match="cannot read the files of the LoRA adapter 'a': No such file"):
+        adapter_checks.check(tmp_path / "gone", "a", BASE)
+
+
+def test_a_large_configuration(tmp_path: Path) -> None:
+    files = files_of("french")
+    files[CONFIG] += b" " * adapter_checks.MAX_CONFIG_BYTES
+    write(tmp_path / "a", files)
+    with pytest.raises(AdapterError, match=r"adapter_config\.json has \d+ bytes; at most 1000000 are accepted\.$"):
+        adapters.find("a", settings(tmp_path), tmp_path, 10**9)
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
@@ -186,16 +227,16 @@ from worker.settings import environment, read
 settings = read(environment.read())
 try:
     found = adapters.find("org/french", settings, Path("/none"), 10**6)
-    print(found or adapters.download("org/french", settings, 10**6))
+    print(found or adapters.Downloads(settings, float(sys.argv[1])).get("org/french", 10**6))
 except JobError as error:
     print(type(error).__name__, error.status, error)
 """
 
 
-def download(hub: Hub, home: Path, **variables: str) -> str:
+def download(hub: Hub, home: Path, seconds: str = "60", **variables: str) -> str:
     environ = hub_environment(hub.port, home) | {"MODEL_NAME": str(MODEL), "LORA_ALLOW": "*", **variables}
     return subprocess.run(
-        [sys.executable, "-c", DOWNLOAD], env=environ, capture_output=True, text=True, check=True
+        [sys.executable, "-c", DOWNLOAD, seconds], env=environ, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
@@ -213,14 +254,16 @@ def test_an_adapter_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
     ("files", "message"),
     [
         pytest.param(
-            {}, f"{AdapterNotFoundError.__name__} 404 model='org/french': the Hugging Face Hub has no", id="none"
+            {}, "AdapterNotFoundError 404 The Hugging Face Hub has no LoRA adapter 'org/french', or it is", id="none"
         ),
         pytest.param(
-            {"adapter_model.bin": b"pickle"}, "AdapterError 400 model='org/french': the repository has no", id="p"
+            {"adapter_model.bin": b"pickle"},
+            "AdapterError 400 The LoRA adapter 'org/french': the repository has no",
+            id="p",
         ),
         pytest.param(
             {CONFIG: b"{}", WEIGHTS: bytes(2 * 10**6)},
-            "AdapterError 400 model='org/french': its files have 2000002 bytes; at most 1000000",
+            "AdapterError 400 The LoRA adapter 'org/french': its files have 2000002 bytes; at most 1000000",
             id="too large",
         ),
     ],
@@ -233,7 +276,50 @@ def test_a_repository_that_is_no_adapter(hub: Hub, tmp_path: Path, files: dict[s
 
 def test_an_unreachable_hub(hub: Hub, tmp_path: Path) -> None:
     message = download(Hub(port=1), tmp_path)
-    assert message.startswith(f"{AdapterUnavailableError.__name__} 503 model='org/french' is in no local cache")
+    assert message.startswith(
+        f"{AdapterUnavailableError.__name__} 503 The LoRA adapter 'org/french' is in no local cache"
+    )
     assert message.endswith("Try again later.")
     assert "HF_HUB_OFFLINE forbids" in download(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "message"),
+    [
+        pytest.param(403, "GatedRepo", "404 The LoRA adapter 'org/french' is gated: ask for access", id="gated"),
+        pytest.param(401, "", "503 HF_TOKEN: the Hugging Face Hub refuses it.", id="token"),
+        pytest.param(404, "RevisionNotFound", "404 The LoRA adapter 'org/french': org/french has no such", id="empty"),
+    ],
+)
+def test_a_hub_that_refuses(hub: Hub, tmp_path: Path, status: int, reason: str, message: str) -> None:
+    hub.error = (status, reason)
+    assert message in download(hub, tmp_path)
+
+
+def test_settings_that_are_wrong_are_no_fault_of_the_adapter(hub: Hub, tmp_path: Path) -> None:
+    wrong = {**hub_environment(hub.port, tmp_path), "MODEL_NAME": str(MODEL), "MAX_QUEUE": "many"}
+    command = [sys.executable, "-m", "worker.model.adapters", "org/french", "1000"]
+    done = subprocess.run(command, env=wrong, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout)["status"] == 503
+    assert "MAX_QUEUE" in json.loads(done.stdout)["error"]
+
+
+def test_a_download_that_takes_too_long_is_ended(hub: Hub, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hub.port = silent.getsockname()[1]
+        message = download(hub, tmp_path, seconds="0.5")
+    assert message.startswith("AdapterUnavailableError 503 The download of the LoRA adapter 'org/french' did not end")
+
+
+def test_without_a_writable_cache_there_is_one_folder(hub: Hub, tmp_path: Path) -> None:
+    hub.files = files_of("french")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tmp").mkdir()
+    variables = {"TMPDIR": str(tmp_path / "tmp"), "HF_HUB_CACHE": str(tmp_path / "file/hub"), "BASE_PATH": "/none"}
+    folder = Path(download(hub, tmp_path, **variables))
+    assert folder.is_relative_to(tmp_path / "tmp")
+    before = (folder / WEIGHTS).stat()
+    assert download(hub, tmp_path, **variables) == str(folder)
+    assert (folder / WEIGHTS).stat() == before
+    assert len(list((tmp_path / "tmp").iterdir())) == 1

@@ -525,7 +525,7 @@ def test_the_form_of_a_stream_follows_from_the_input_behind_the_link(links: Link
         pytest.param([CHAT], 400, "'input_url': the link's content must be a JSON object.", id="a list"),
         pytest.param("\xff", 400, "must be a JSON object", id="a string"),
         pytest.param(b"\xff\xfe{\x00}\x00", 400, "is not UTF-8", id="another encoding"),
-        pytest.param(b"[" * 101, 400, "'input_url': The request body is nested 101 levels deep", id="deep"),
+        pytest.param(b"[" * 101, 400, "'input_url': the link's content is nested 101 levels deep", id="deep"),
         pytest.param({"input_url": "https://x"}, 400, "must not have an 'input_url' too", id="a link again"),
         pytest.param({"route": "/a", "body": {"input_url": ""}}, 400, "an 'input_url' too", id="a link in its body"),
         pytest.param({**CHAT, "upload_url": "https://x"}, 400, "must stand beside 'input_url'", id="upload_url"),

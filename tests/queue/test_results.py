@@ -135,7 +135,7 @@ def test_a_bucket_that_refuses_the_result_is_named_with_its_status(
         pytest.param({"endpointUrl": "file:///etc"}, "the endpoint is not a valid", id="a file"),
         pytest.param({"endpointUrl": f"https://a:{SECRET}@example.com"}, "must not contain a user", id="password"),
         pytest.param({"accessSecret": "\ud800"}, "characters that no key has", id="half a surrogate pair"),
-        pytest.param({"accessId": "a\r\nx: y"}, "not a valid", id="line break"),
+        pytest.param({"accessId": "a\r\nx: y"}, "characters that no key has", id="line break"),
     ],
 )
 def test_a_wrong_s3_config_is_explained(
@@ -353,9 +353,12 @@ def test_a_job_that_is_cancelled_while_its_file_is_written_leaves_no_file(tmp_pa
         with pytest.raises(asyncio.CancelledError):
             await keeping
 
-    # The loop waits for its threads.
     asyncio.run(run())
-    assert not list(tmp_path.iterdir())
+    # The thread ends soon after the job.
+    deadline = time.monotonic() + 10
+    while (left := [path.name for path in tmp_path.iterdir()]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
 
 
 def test_the_s3_library_is_imported_only_for_a_bucket(tmp_path: Path) -> None:

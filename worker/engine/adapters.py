@@ -8,24 +8,24 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext, suppress
-from functools import cached_property
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import cached_property, partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
-from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from vllm.entrypoints.serve import create_error_response
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker import threads
-from worker.model import adapters as files
+from worker.engine.model_field import model_of
+from worker.model import adapters as adapter_files
 from worker.model.adapter_checks import AdapterNotAllowedError, Base, check, rejected
-from worker.request.asgi import App, Message, Receive, Send, header
-from worker.request.rewrite import is_json
+from worker.request.asgi import App, ClientDisconnectedError, Message, Receive, Send
+from worker.request.rewrite import then, unless_disconnected
 from worker.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,22 +35,17 @@ DOWNLOADS = 4
 READERS = 2
 """How many adapters on disk are checked at once."""
 POLL_SECONDS = 0.5
+NO_CONTROL = "This route is off, because LORA_ALLOW is set. Name the adapter in 'model' of a request, which loads it."
 
 
 def keep_slot_free(args: Namespace) -> None:
-    """On CPUs, have vLLM create one place more for adapters than are ever used.
+    """On CPUs, reserve one more adapter slot than is used.
 
     Its code for CPUs uses the adapter in the last place for requests without one (vLLM's pull request 48421).
     """
     if args.enable_lora and current_platform.is_cpu():
         used = max(args.max_loras, args.max_cpu_loras or 0, len(args.lora_modules or ()))
         args.max_loras = args.max_cpu_loras = used + 1
-
-
-class _Body(msgspec.Struct):
-    """The only field of a request's JSON body that is needed here."""
-
-    model: Any = None
 
 
 class _Adapter:
@@ -65,7 +60,7 @@ class _Adapter:
         self.is_static = static is not None
         """Whether LORA_MODULES names it. Its name stays known when it is unloaded."""
         self.is_leaving = False
-        """Whether it makes room for another one. New requests wait until it has left."""
+        """Whether it is about to be unloaded. New requests wait until it is."""
         self.loading: asyncio.Task[None] | None = None
 
 
@@ -88,16 +83,24 @@ class Adapters:
         self._loading = asyncio.Lock()
         """Held while adapters are loaded into the engine or unloaded from it."""
         self._changed = asyncio.Event()
-        self._downloads = ThreadPoolExecutor(DOWNLOADS, "adapter-downloads")
+        self._downloads = adapter_files.Downloads(settings)
+        self._downloaders = ThreadPoolExecutor(DOWNLOADS, "adapter-downloads")
         self._readers = ThreadPoolExecutor(READERS, "adapter-readers")
         self._copies = Path(tempfile.mkdtemp(prefix="adapters-"))
+        """Copies of adapters in ADAPTER_FOLDER. Each is removed when the engine has loaded it, or cannot."""
+        # Nothing else may load or unload adapters.
+        self._models.load_lora_adapter = self._models.unload_lora_adapter = _refuse
+        self._models.lora_resolvers.clear()
         self._models.show_available_models = self._listing(self._models.show_available_models)
         for name, request in [*self._models.lora_requests.items()][-self._capacity :]:
             # vLLM has loaded the adapters in LORA_MODULES.
             self._adapters[name] = _Adapter(name, request)
 
     def close(self) -> None:
-        """Remove the copies of adapters."""
+        """End all downloads, and remove the copies of adapters."""
+        self._downloads.close()
+        for executor in (self._downloaders, self._readers):
+            executor.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self._copies, ignore_errors=True)
 
     def over(self, app: App) -> App:
@@ -108,15 +111,14 @@ class Adapters:
                 await app(scope, receive, send)
                 return
             message = await receive()
-            pending = [message]
-
-            async def receive_again() -> Message:
-                return pending.pop() if pending else await receive()
-
-            name = await _model_of(scope, message)
-            is_adapter = isinstance(name, str) and self._is_adapter(name)
-            async with self._using(name) if is_adapter else nullcontext():
-                await app(scope, receive_again, send)
+            name = await model_of(scope, message["body"]) if message.get("body") else None
+            async with AsyncExitStack() as stack:
+                if isinstance(name, str) and self._is_adapter(name):
+                    try:
+                        await unless_disconnected(stack.enter_async_context(self._using(name)), receive)
+                    except ClientDisconnectedError:
+                        return
+                await app(scope, then(message, receive), send)
 
         return adapted
 
@@ -128,7 +130,7 @@ class Adapters:
         """
         if not name or self._models.is_base_model(name):
             return False
-        if name in self._models.lora_requests or files.is_allowed(name, self._settings):
+        if name in self._models.lora_requests or adapter_files.is_allowed(name, self._settings):
             return True
         if "/" in name:
             raise AdapterNotAllowedError(name)
@@ -164,15 +166,11 @@ class Adapters:
         """Find or download an adapter, check it, and load it into the engine."""
         started, name = time.monotonic(), adapter.name
         try:
-            # Static adapters have been checked and loaded at the start. They may have been unloaded since.
-            request = self._models.lora_requests.get(name)
-            adapter.is_static = request is not None
-            if request is None:
-                folder = await self._folder(name)
-                request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(folder))
-            async with self._loading:
-                await self._make_room()
-                await self._add(request)
+            async with AsyncExitStack() as lock:
+                async with self._request(adapter) as request:
+                    await lock.enter_async_context(self._loading)
+                    await self._make_room()
+                    await self._add(request)
                 adapter.request = self._models.lora_requests[name] = request
         except BaseException:
             del self._adapters[name]
@@ -180,19 +178,31 @@ class Adapters:
             raise
         log.info("Loaded the LoRA adapter %s in %.1f s", name, time.monotonic() - started)
 
-    async def _folder(self, name: str) -> Path:
-        """Return the folder of an adapter that fits the model, and whose files nobody changes.
+    @asynccontextmanager
+    async def _request(self, adapter: _Adapter) -> AsyncIterator[LoRARequest]:
+        """Provide what vLLM's `add_lora` takes. Nobody changes the adapter's files while the block runs.
 
         Raises:
-            AdapterError, AdapterUnavailableError: there is none.
+            AdapterError, AdapterUnavailableError: there is no such adapter, or it does not fit the model.
         """
+        name = adapter.name
+        # Static adapters have been checked and loaded at the start. They may have been unloaded since.
+        static = self._models.lora_requests.get(name)
+        adapter.is_static = static is not None
+        if static is not None:
+            yield static
+            return
         base = await threads.call(self._readers, lambda: self._base)
-        settings = self._settings
-        folder = await threads.call(self._readers, files.find, name, settings, self._copies, base.max_bytes)
+        find = partial(adapter_files.find, name, self._settings, self._copies, base.max_bytes)
+        folder = await threads.call(self._readers, find)
         if folder is None:
-            folder = await threads.call(self._downloads, files.download, name, settings, base.max_bytes)
-        await threads.call(self._readers, check, folder, name, base)
-        return folder
+            folder = await threads.call(self._downloaders, self._downloads.get, name, base.max_bytes)
+        try:
+            await threads.call(self._readers, check, folder, name, base)
+            yield LoRARequest(name, self._models.lora_id_counter.inc(1), str(folder))
+        finally:
+            if folder.parent == self._copies:
+                await threads.call(self._readers, partial(shutil.rmtree, folder, ignore_errors=True))
 
     @cached_property
     def _base(self) -> Base:
@@ -248,7 +258,7 @@ class Adapters:
 
         async def show_available_models() -> Any:
             models = await show()
-            offered = await asyncio.to_thread(files.offered, self._settings)
+            offered = await asyncio.to_thread(adapter_files.offered, self._settings)
             loaded = {each.name for each in self._adapters.values() if each.request and not each.is_static}
             # vLLM shows the folders of those that are loaded.
             models.data = [card for card in models.data if card.id not in loaded]
@@ -261,19 +271,6 @@ class Adapters:
         return show_available_models
 
 
-async def _model_of(scope: Message, message: Message) -> Any:
-    """Return the `model` of a request with a JSON object or a form."""
-    if message["type"] != "http.request":
-        return None
-    if is_json(scope):
-        with suppress(ValueError, RecursionError):
-            return msgspec.json.decode(message.get("body", b""), type=_Body).model
-    elif header(scope, b"content-type").lower().startswith(b"multipart/form-data"):
-
-        async def receive() -> Message:
-            return message
-
-        with suppress(MultiPartException):
-            async with Request(scope, receive).form() as form:
-                return form.get("model")
-    return None
+async def _refuse(*_: Any, **__: Any) -> Any:
+    """Answer vLLM's routes that load or unload an adapter."""
+    return create_error_response(NO_CONTROL, "PermissionDeniedError", HTTPStatus.FORBIDDEN)

@@ -49,16 +49,16 @@ log = logging.getLogger(__name__)
 class Guard:
     """What all connectors share: the limits, the connections for links, and the processes that decode media.
 
-    Create it in the event loop that serves. `memory` is the budget of all requests, `domains` vLLM's own list of
-    allowed hosts. Only videos of a `video_backend` other than OpenCV are decoded in this process. file: links may lead
-    into `folder`.
+    Create it in the event loop that serves. `memory` is the budget of all requests, and `policy` says which
+    links may be fetched; file: links may lead into `folder`. Only videos of a `video_backend` other than OpenCV are
+    decoded in this process.
     """
 
     def __init__(
         self,
         settings: Settings,
         memory: Budget,
-        domains: Iterable[str] | None = None,
+        policy: Policy | None = None,
         video_backend: str = OPENCV,
         modules: Iterable[str] = ("cv2", "av"),
         folder: Path | None = None,
@@ -74,7 +74,7 @@ class Guard:
         self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
         self._folder = folder.resolve() if folder else None
         self._memory = memory
-        self._fetcher = Fetcher(Policy.of(settings, domains))
+        self._fetcher = Fetcher(policy or Policy.of(settings))
         self._fetches: dict[tuple[Account, str, Limit], asyncio.Task[bytes]] = {}
         self._slots: WeakKeyDictionary[Account, asyncio.Semaphore] = WeakKeyDictionary()
 

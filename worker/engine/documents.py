@@ -5,8 +5,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
+
+import msgspec
 
 from worker.engine.connector import Guard, as_media_errors
 from worker.errors import Json, MediaError
@@ -20,10 +23,12 @@ MAX_DOCUMENTS = 32
 DETAILS = ("auto", "low", "high", "text")
 """The accepted values of `detail`. Only `text` has an effect."""
 PDF = "application/pdf"
-WORDS = tuple(f'"{name}"'.encode() for name in KEYS["document"])
-"""A body without any of these has no documents."""
-SMALL_BYTES = 100_000
-QUOTES = 1000
+PART_TYPES = tuple(f'"{name}"'.encode() for name in KEYS["document"])
+"""The types of document parts as JSON. A body without any of these has no documents."""
+SMALL_BODY_BYTES = 100_000
+"""A body of up to this size is searched for each of PART_TYPES in turn."""
+MAX_QUOTES = 1000
+"""In a larger body, PART_TYPES are compared at its first quotes only, up to this many. The rest is searched in turn."""
 
 
 class Api(NamedTuple):
@@ -82,10 +87,13 @@ class Request:
     """The parsed body of a request, and its documents."""
 
     def __init__(self, body: bytes) -> None:
+        self._encode: Callable[[Any], bytes] = msgspec.json.encode
         try:
-            self.body = json.loads(body)
+            self.body = msgspec.json.decode(body)
         except ValueError:
-            self.body = None
+            # NaN, a byte order mark and half of a surrogate pair are no JSON for msgspec, but they are for vLLM.
+            self._encode = _dumped
+            self.body = _loaded(body)
         self.parts: list[Part] = []
         self.images: Counter[str] = Counter()
         """The number of images in each prompt."""
@@ -105,7 +113,7 @@ class Request:
         # The last one first: a replacement moves what comes after it.
         for part, replacement in reversed([*zip(self.parts, replacements, strict=True)]):
             part.siblings[part.index : part.index + 1] = replacement
-        return json.dumps(self.body).encode()
+        return self._encode(self.body)
 
 
 def rewriting_documents(guard: Guard, image_limit: int) -> Rewrite:
@@ -135,16 +143,27 @@ def rewriting_documents(guard: Guard, image_limit: int) -> Rewrite:
     return rewrite
 
 
+def _loaded(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _dumped(body: Any) -> bytes:
+    return json.dumps(body).encode()
+
+
 def _may_have_documents(body: bytes) -> bool:
-    """Tell whether a body contains one of `WORDS`. Base64 has no quotes, so it is skipped quickly."""
+    """Tell whether a body contains one of `PART_TYPES`. Base64 has no quotes, so it is skipped quickly."""
     start = 0
-    for _ in range(QUOTES if len(body) > SMALL_BYTES else 0):
+    for _ in range(MAX_QUOTES if len(body) > SMALL_BODY_BYTES else 0):
         if (start := body.find(b'"', start)) < 0:
             return False
-        if body.startswith(WORDS, start):
+        if body.startswith(PART_TYPES, start):
             return True
         start += 1
-    return any(body.find(word, start) >= 0 for word in WORDS)
+    return any(body.find(part_type, start) >= 0 for part_type in PART_TYPES)
 
 
 async def _load(part: Part, guard: Guard, *, with_text: bool) -> Document | list[Json]:
@@ -164,7 +183,9 @@ async def _load(part: Part, guard: Guard, *, with_text: bool) -> Document | list
             # It is needed until the request ends, while other files are freed when the engine has the request.
             account.give_back_media(len(data))
             await account.take(len(data))
-            document = Document(data, part.path, with_text=with_text or detail == "text")
+            # In a thread: it computes a hash of the file.
+            new = partial(Document, data, part.path, with_text=with_text or detail == "text")
+            document = await guard.decoders.pool.in_thread(new)
             await guard.documents.open(document, account)
             return document
     except MediaError as error:

@@ -136,22 +136,15 @@ class Engine:
         """Return what changes requests before vLLM parses them. The last one sees a request first."""
         rewrites = [rewriting_documents(guard, self._media_limits.get("image", 0))]
         if "transcription" in tasks:
-            rewrites.append(speech.from_json(guard))
+            rewrites.append(speech.rewriting_json(guard))
         return rewrites
 
     def _guard(self, memory: Budget) -> Guard:
         """Return the guard for this model's media. Its processes import only the libraries that the model needs."""
         modules = [library for kind, library in DECODERS.items() if self._media_limits.get(kind)]
         video = (self._args.media_io_kwargs or {}).get("video", {})
-        args, folder = self._args, self._args.allowed_local_media_path
-        return Guard(
-            self._settings,
-            memory,
-            args.allowed_media_domains,
-            video.get("backend", OPENCV),
-            modules,
-            Path(folder) if folder else None,
-        )
+        backend, folder = video.get("backend", OPENCV), self._args.allowed_local_media_path
+        return Guard(self._settings, memory, self.link_policy, backend, modules, Path(folder) if folder else None)
 
     async def _build_app(self, guard: Guard) -> App:
         await self._client.reset_mm_cache()

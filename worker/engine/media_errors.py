@@ -19,7 +19,7 @@ from worker.errors import MediaError
 from worker.media.checks import Kind
 from worker.media.parts import KEYS, Parts
 from worker.request.asgi import App, Message, Receive, Send
-from worker.telemetry.usage import current_usage
+from worker.telemetry.usage import rejected
 from worker.threads import Result
 
 NOUNS: Mapping[Kind, str] = {"image": "an image", "video": "a video", "audio": "a sound", "document": "a document"}
@@ -98,7 +98,7 @@ def _rejected(error: MediaError, url: str, kind: Kind) -> RejectedMediaError:
     body = current_body.get()
     path = body.parts().path_of(url) if body else None
     message = f"{path or 'The request'}, {NOUNS[kind]}: {error}."
-    return RejectedMediaError(_counted(type(error)(message, param=path)))
+    return RejectedMediaError(rejected(type(error)(message, param=path)))
 
 
 def add_handlers(app: Starlette) -> None:
@@ -137,11 +137,4 @@ async def _about_part(index: int, kinds: Iterable[Kind], reason: str) -> MediaEr
     body = current_body.get()
     parts = await body.in_thread(body.parts) if body else Parts(b"")
     path = next(islice(chain.from_iterable(map(parts.paths_of, kinds)), index, None), None)
-    return _counted(MediaError(f"{path or 'The request'}: {reason}.", param=path))
-
-
-def _counted(error: MediaError) -> MediaError:
-    """Add an error to the usage of the job, and return it."""
-    if (usage := current_usage.get()) is not None:
-        usage.rejections.append(error.reason)
-    return error
+    return rejected(MediaError(f"{path or 'The request'}: {reason}.", param=path))

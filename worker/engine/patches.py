@@ -25,7 +25,7 @@ def install(guard: Guard) -> None:
     # `speech.replace_decoding` decodes uploads before vLLM's function for that, which then gets their samples.
     setattr(serving, "load_audio", speech.samples_of)  # noqa: B010 - for mypy
     # FastAPI calls this function for the body of every request.
-    validate = validation.in_threads(speech.with_file(request_body_to_args, guard.limits.bytes["audio"]))
+    validate = validation.in_threads(speech.checking_upload(request_body_to_args, guard.limits.bytes["audio"]))
     setattr(dependencies, "request_body_to_args", validate)  # noqa: B010
     # Many modules hold the function that removes paths from vLLM's error messages. It finds `re` by this name.
     setattr(messages, "re", SimpleNamespace(sub=validation.bounded(re.sub)))  # noqa: B010

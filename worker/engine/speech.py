@@ -19,7 +19,7 @@ from worker.media.decoders import SoundForm
 from worker.request.asgi import Message, header
 from worker.request.inputs import SPEECH_ROUTES
 from worker.request.rewrite import Rewrite, is_json, with_body
-from worker.telemetry.usage import current_usage
+from worker.telemetry.usage import rejected
 
 Samples = npt.NDArray[np.float32]
 
@@ -34,7 +34,7 @@ NO_FILE = (
 )
 
 
-def from_json(guard: Guard) -> Rewrite:
+def rewriting_json(guard: Guard) -> Rewrite:
     """Return the layer that turns JSON bodies into forms. Files are loaded through `guard`."""
 
     async def rewrite(scope: Message, body: bytes) -> tuple[Message, bytes]:
@@ -87,7 +87,7 @@ def samples_of(file: BytesIO, *, sr: float, **_: Any) -> tuple[Samples, float]:
     return np.frombuffer(file.getvalue(), np.float32), sr
 
 
-def with_file(validate: Callable[..., Awaitable[Any]], limit: Limit) -> Callable[..., Awaitable[Any]]:
+def checking_upload(validate: Callable[..., Awaitable[Any]], limit: Limit) -> Callable[..., Awaitable[Any]]:
     """Return FastAPI's `request_body_to_args` as a function that first checks the file of a form, and its size."""
 
     async def checked(**arguments: Any) -> Any:
@@ -105,7 +105,7 @@ def with_file(validate: Callable[..., Awaitable[Any]], limit: Limit) -> Callable
 
 
 async def _in_thread(work: Callable[..., Any], *arguments: object) -> Any:
-    """Call `work` in a thread, so that a large body does not stop other requests."""
+    """Call `work` in a thread for large bodies, so that other requests get a turn meanwhile."""
     body = current_body.get()
     return await body.in_thread(work, *arguments) if body else work(*arguments)
 
@@ -158,6 +158,4 @@ def _check_boundary(content_type: bytes) -> None:
 
 def _about_file(error: MediaError) -> MediaError:
     """Complete an error about the file, and add it to the usage of the job."""
-    if (usage := current_usage.get()) is not None:
-        usage.rejections.append(error.reason)
-    return type(error)(f"{FILE}, {NOUNS['audio']}: {error}.", param=FILE)
+    return rejected(type(error)(f"{FILE}, {NOUNS['audio']}: {error}.", param=FILE))

@@ -66,7 +66,6 @@ def main(socket: int, memory: int, modules: str) -> None:
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     for module in filter(None, modules.split(",")):
         import_module(module)
-    decode_small_images()
     # Nobody reads warnings, and a file may cause any number.
     warnings.simplefilter("ignore")
     # The size of an image is checked by the parent process.
@@ -75,10 +74,12 @@ def main(socket: int, memory: int, modules: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(socket)
     decoder = Decoder(mmap.mmap(memory, 0))
-    if "av" in modules:
-        decode_silence()
     if "pypdfium2" in modules:
         decode_small_document()
+    else:
+        decode_small_images()
+    if "av" in modules:
+        decode_silence()
     ctypes.CDLL(None).prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # From here on no file and no socket can be opened, even if FFmpeg takes a video for a list of them.

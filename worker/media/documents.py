@@ -1,10 +1,12 @@
 """Opens documents and draws their pages in processes of their own, which start with the first document."""
 
+import asyncio
 import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +16,15 @@ from PIL import Image
 
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media.checks import Limits, check_kind, check_size
-from worker.media.decoder_documents import DOCUMENT_BYTES
 from worker.media.decoders import KEPT_PIXEL_BYTES, MAX_PROCESSES, check_mode
 from worker.media.pool import Pool, Process
 from worker.memory import Account
-from worker.telemetry.usage import current_usage
+from worker.telemetry.usage import rejected
 from worker.threads import Result
+
+DRAWING_BYTES = 64 << 20
+"""What drawing a page usually needs besides its file and its pixels. An A4 page that was scanned with 600 dots per inch
+needs 50 MB. The limit for a process is higher: DOCUMENT_BYTES in `decoder_documents.py`."""
 
 
 class Document:
@@ -36,6 +41,8 @@ class Document:
         self.pages = 0
         self.texts: list[str] = []
         """The text of each page, if they are needed."""
+        self.waiting = asyncio.Lock()
+        """Held by the page that waits for memory: so one document cannot fill the queue of those who wait."""
         self.token = secrets.token_hex(16)
         self.digest = hashlib.sha256(data).hexdigest()
 
@@ -54,7 +61,7 @@ class Page:
 
     @property
     def key(self) -> str:
-        """What identifies its content in caches."""
+        """Cache key of its content."""
         return f"{self.document.digest}:{self.index}"
 
 
@@ -115,16 +122,20 @@ class Documents:
         self, document: Document, account: Account, read: Callable[[Process, Any], Result], *request: object
     ) -> Result:
         """Have a process run an operation, and return what `read` makes of its result."""
-        kept = 0
-        await account.take_media(DOCUMENT_BYTES, is_brief=True)
-        try:
-            async with self._pool.process(account) as process:
-                result: Result = await self._pool.in_thread(self._request, process, document, read, *request)
-            if isinstance(result, Image.Image):
-                kept = KEPT_PIXEL_BYTES * result.width * result.height
-        finally:
-            account.keep_media(DOCUMENT_BYTES, kept)
-        return result
+        # The file is also in the memory that is shared with the process, and once more in the process.
+        # The pixels are in the shared memory too.
+        size = DRAWING_BYTES + 2 * len(document.data) + 2 * KEPT_PIXEL_BYTES * self._limits.page_pixels
+
+        async def work(process: Process) -> Result:
+            return await self._pool.in_thread(self._request, process, document, read, *request)
+
+        async with self._pool.process(account) as process:
+            if account.has_room(size):
+                async with _memory(account, size) as keep:
+                    return keep(await work(process))
+        # While it waits for memory, others may use the process.
+        async with document.waiting, _memory(account, size) as keep, self._pool.process(account) as process:
+            return keep(await work(process))
 
     def _request(
         self,
@@ -146,6 +157,24 @@ class Documents:
         self._pool.close()
 
 
+@asynccontextmanager
+async def _memory(account: Account, size: int) -> AsyncIterator[Callable[[Result], Result]]:
+    """Reserve memory while the block runs. The block gets a function that keeps the memory for an image."""
+    kept = 0
+
+    def keep(result: Result) -> Result:
+        nonlocal kept
+        if isinstance(result, Image.Image):
+            kept = KEPT_PIXEL_BYTES * result.width * result.height
+        return result
+
+    await account.take_media(size, is_brief=True)
+    try:
+        yield keep
+    finally:
+        account.keep_media(size, kept)
+
+
 def _pages(_process: Process, result: Any) -> tuple[int, list[str]]:
     pages, texts = result
     return pages, texts
@@ -158,6 +187,4 @@ def _image(process: Process, size: Any) -> Image.Image:
 
 def located(error: MediaError, path: str) -> MediaError:
     """Return an error about a document that names its part of the request, and count it."""
-    if (usage := current_usage.get()) is not None:
-        usage.rejections.append(error.reason)
-    return type(error)(f"{path}, a document: {error}.", param=path)
+    return rejected(type(error)(f"{path}, a document: {error}.", param=path))

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from worker import processes, threads
@@ -23,6 +24,8 @@ from worker.threads import Result
 START_SECONDS = 30.0
 LARGE_BYTES = 64 << 20
 """Shared memory beyond this is freed after each use."""
+KEPT_BYTES = 256 << 20
+"""A process that still holds more memory after a file is ended."""
 PATIENCE_SECONDS = 0.25
 """How long media wait for a process that is in use before they get another one."""
 MORE = 4
@@ -73,6 +76,14 @@ class Process:
     def is_alive(self) -> bool:
         """Whether it can decode."""
         return not self._is_killed and self._popen.poll() is None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can decode another file: it is alive, and has freed the memory for the last one."""
+        with suppress(OSError, ValueError):
+            resident, shared = Path(f"/proc/{self._popen.pid}/statm").read_text().split()[1:3]
+            return self.is_alive and (int(resident) - int(shared)) * mmap.PAGESIZE <= KEPT_BYTES
+        return False
 
     def begin(self, data: bytes, limit: Limit, used: float = 0.0) -> None:
         """Copy a file into the shared memory, and give the process the seconds in `limit`, less `used`, to decode it.
@@ -189,19 +200,27 @@ class Pool:
             self._end(turn)
 
     def _serve(self) -> None:
-        """Let those go on who may, those with the fewest processes first."""
-        now = asyncio.get_running_loop().time()
-        for turn in sorted(self._waiting, key=lambda turn: self._using[turn.request]):
-            most = self._each if now - turn.since < PATIENCE_SECONDS else MORE * self._each
-            # Videos and sounds may take minutes. They never use all processes.
-            is_crowded = turn.is_long and self._long >= (MORE - 1) * self._each
-            has_place = self._using.total() < most and self._using[turn.request] < self._each and not is_crowded
-            # A turn that was cancelled just now is removed by its own task.
-            if has_place and not turn.future.done():
-                self._waiting.remove(turn)
-                self._using[turn.request] += 1
-                self._long += turn.is_long
-                turn.future.set_result(None)
+        """Let those go on who may: those with the fewest processes first, and requests in turn."""
+        while (turn := min(filter(self._may_go_on, self._waiting), key=self._used, default=None)) is not None:
+            self._waiting.remove(turn)
+            self._using[turn.request] += 1
+            self._long += turn.is_long
+            turn.future.set_result(None)
+            served = turn.request
+            # The others are next.
+            self._waiting.sort(key=lambda other: other.request is served)
+
+    def _used(self, turn: "_Turn") -> int:
+        return self._using[turn.request]
+
+    def _may_go_on(self, turn: "_Turn") -> bool:
+        has_waited = asyncio.get_running_loop().time() - turn.since >= PATIENCE_SECONDS
+        most = MORE * self._each if has_waited else self._each
+        # Videos and sounds may take minutes. They never use all processes.
+        is_crowded = turn.is_long and self._long >= (MORE - 1) * self._each
+        has_place = self._using.total() < most and self._used(turn) < self._each and not is_crowded
+        # A turn that was cancelled just now is removed by its own task.
+        return has_place and not turn.future.done()
 
     def _end(self, turn: "_Turn") -> None:
         if turn in self._waiting:
@@ -223,7 +242,7 @@ class Pool:
     def _give_back(self, process: Process) -> None:
         if self._is_closed:
             process.close()
-        elif not process.is_alive or len(self._idle) >= self._each:
+        elif not process.is_usable or len(self._idle) >= self._each:
             self._threads.submit(process.close)
         else:
             process.free()

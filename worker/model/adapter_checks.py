@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -58,7 +59,7 @@ class AdapterNotFoundError(AdapterError, status=404, type="NotFoundError"):
 
 
 class AdapterUnavailableError(UnavailableError):
-    """The adapter cannot be downloaded now."""
+    """The adapter cannot be downloaded or read now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,27 @@ def base_name(name: str) -> str:
     return _VARIANT.sub("", re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower())
 
 
-def check_size(file: Path, name: str, most: int) -> None:
+def check_size(file: Path, name: str, max_bytes: int) -> None:
+    """Check the size of an adapter's configuration, or of its weights, which may have `max_bytes`."""
+    is_config = file.name == CONFIG
+    most = MAX_CONFIG_BYTES if is_config else max_bytes
     if (size := file.stat().st_size) > most:
+        advice = "" if is_config else " An adapter may not be larger than the model's own weights."
         raise AdapterError(
-            f"The LoRA adapter {name!r}: {file.name} has {size} bytes; at most {most} are accepted. An adapter may not "
-            "be larger than the model's own weights."
+            f"The LoRA adapter {name!r}: {file.name} has {size} bytes; at most {most} are accepted.{advice}"
         )
+
+
+@contextmanager
+def disk_errors(name: str, action: str) -> Iterator[None]:
+    """Raise `AdapterUnavailableError` for errors of the disk in the block. `action` says what the block does."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise AdapterUnavailableError(
+            f"The worker cannot {action} the files of the LoRA adapter {name!r}: {reason}. Try again later."
+        ) from error
 
 
 def rejected(name: str, message: str, folder: str) -> AdapterError:
@@ -117,14 +133,16 @@ def check(folder: Path, name: str, base: Base) -> None:
 
     Raises:
         AdapterError: it is not.
+        AdapterUnavailableError: its files cannot be read.
     """
-    check_size(folder / CONFIG, name, MAX_CONFIG_BYTES)
-    check_size(folder / WEIGHTS, name, base.max_bytes)
     try:
-        config: Any = json.loads((folder / CONFIG).read_bytes())
-        _check_config(config, name, base)
-        for tensor, shape, _ in _tensors(folder / WEIGHTS):
-            _check_shape(tensor, shape, name, base)
+        with disk_errors(name, "read"):
+            for file in (CONFIG, WEIGHTS):
+                check_size(folder / file, name, base.max_bytes)
+            config: Any = json.loads((folder / CONFIG).read_bytes())
+            _check_config(config, name, base)
+            for tensor, shape, _ in _tensors(folder / WEIGHTS):
+                _check_shape(tensor, shape, name, base)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"The LoRA adapter {name!r}: {CONFIG} is damaged ({type(error).__name__}).") from None
     except SafetensorError:
@@ -158,7 +176,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Shape, str]]:
 
 
 def _check_shape(tensor: str, shape: Shape, name: str, base: Base) -> None:
-    """Compare a tensor with the model's matrix. vLLM would use one that is too small without a word.
+    """Compare a tensor with the model's matrix. vLLM does not reject one that is too small.
 
     Modules whose shape is not known, such as those of quantized models, are left to vLLM.
     """

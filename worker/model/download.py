@@ -7,6 +7,7 @@ import errno
 import fnmatch
 import json
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -73,9 +74,22 @@ def download(repository: Repository, settings: Settings) -> Path:
         except _NotWritableError as error:
             log.warning("The model cache %s is not writable (%s). The worker uses another folder", cache, error)
     try:
-        return _download_to(Path(tempfile.mkdtemp(prefix="model-")), repository, settings)
+        return _download_to(_temporary_cache(), repository, settings)
     except (_NotWritableError, OSError) as error:
         raise StartupError(f"No folder for {repository.name} is writable ({error}). Set DOWNLOAD_DIR to one.") from None
+
+
+def _temporary_cache() -> Path:
+    """Return a cache that only this user can write to. Every process of the user gets the same one."""
+    cache = Path(tempfile.gettempdir(), f"vllm-worker-{os.getuid()}")
+    cache.mkdir(mode=0o700, exist_ok=True)
+    if cache.lstat().st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "It belongs to another user", str(cache))
+    return cache
+
+
+class NoSuchRepositoryError(ConfigurationError):
+    """The Hub has no such repository, or the worker has no access to it."""
 
 
 class UnusableRepositoryError(ConfigurationError):
@@ -96,8 +110,8 @@ def _download_to(cache: Path, repository: Repository, settings: Settings) -> Pat
             return _download(cache, repository, settings)
         except (ValueError, OSError, httpx2.HTTPError) as error:
             cause = error.__cause__ if isinstance(error, errors.DryRunError) and error.__cause__ else error
-            if message := _permanent(cause, repository):
-                raise ConfigurationError(message) from None
+            if permanent := _permanent(cause, repository):
+                raise permanent from None
             if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE:
                 raise _NotWritableError(f"{cause.strerror}: {cause.filename}") from error
             if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
@@ -105,7 +119,7 @@ def _download_to(cache: Path, repository: Repository, settings: Settings) -> Pat
                 raise StartupError(f"{repository.name} cannot be downloaded: {cause.strerror}: {place}") from error
             if not attempts_left:
                 raise StartupError(
-                    f"{_setting(repository)} is in no local cache and could not be fetched from the Hugging Face "
+                    f"{repository.label} is in no local cache and could not be fetched from the Hugging Face "
                     f"Hub: {type(cause).__name__}. {_advice(repository)}"
                 ) from error
             log.warning("The download failed (%s). Trying again", type(cause).__name__)
@@ -126,7 +140,7 @@ def _download(cache: Path, repository: Repository, settings: Settings) -> Path:
     _check_files({file.filename: file.file_size for file in files}, repository)
     if not files:
         place = f"nothing at {path!r}" if path else "no files"
-        raise ConfigurationError(f"{_setting(repository)}: the repository has {place}. Correct the name or the path.")
+        raise ConfigurationError(f"{repository.label}: the repository has {place}. Correct the name or the path.")
     extra = dict(redaction.flag_values(settings.vllm_extra_args))
     config_format = extra.get("--config-format") or settings.variables.values.get("CONFIG_FORMAT", "auto")
     ignored = _ignored({file.filename for file in files}, repository, config_format)
@@ -147,10 +161,10 @@ def _download(cache: Path, repository: Repository, settings: Settings) -> Path:
 def _check_files(sizes: Mapping[str, int], repository: Repository) -> None:
     """Check that a repository has the files that are needed of it, and that they are not too large."""
     if missing := set(repository.files or ()) - sizes.keys():
-        raise UnusableRepositoryError(f"{_setting(repository)}: the repository has no {', '.join(sorted(missing))}.")
+        raise UnusableRepositoryError(f"{repository.label}: the repository has no {', '.join(sorted(missing))}.")
     if repository.max_bytes is not None and (size := sum(sizes.values())) > repository.max_bytes:
         raise UnusableRepositoryError(
-            f"{_setting(repository)}: its files have {size} bytes; at most {repository.max_bytes} are accepted."
+            f"{repository.label}: its files have {size} bytes; at most {repository.max_bytes} are accepted."
         )
 
 
@@ -159,7 +173,7 @@ def _ignored(names: Collection[str], repository: Repository, config_format: str)
     weights = weight_files(names) if repository.has_weights else []
     suffix = next((suffix for suffix in FORMATS if weights and weights[0].endswith(suffix)), None)
     if suffix == GGUF and not repository.is_file:
-        raise ConfigurationError(f"{_setting(repository)} has only GGUF files. {NO_GGUF}")
+        raise ConfigurationError(f"{repository.label} has only GGUF files. {NO_GGUF}")
     ignored = [*NOT_NEEDED, *(f"*{each}" for each in FORMATS if each != suffix)]
     if fnmatch.filter(names, "model*.safetensors") and fnmatch.filter(names, "consolidated*.safetensors"):
         # Mistral's repositories have two copies of the weights. vLLM loads the one in Mistral's format if it has its
@@ -176,31 +190,35 @@ def _advice(repository: Repository) -> str:
     return f"Check the network, or set {repository.variable} to a local folder."
 
 
-def _setting(repository: Repository) -> str:
-    return f"{repository.variable}={repository.value!r}"
-
-
-def _permanent(error: BaseException, repository: Repository) -> str | None:
-    """Return a message for an error of the Hub that another attempt cannot fix; None for other errors."""
-    name, setting = repository.name, _setting(repository)
+def _permanent(error: BaseException, repository: Repository) -> ConfigurationError | None:
+    """Return an error for one of the Hub's that another attempt cannot fix; None for others."""
+    name, label = repository.name, repository.label
     match error:
         case errors.HFValidationError():
-            return f"{setting}: neither a folder nor a Hugging Face id (ORG/NAME)."
+            return NoSuchRepositoryError(f"{label}: neither a folder nor a Hugging Face id (ORG/NAME).")
         case errors.GatedRepoError():
-            return (
-                f"{setting} is gated: ask for access at https://huggingface.co/{name} and set HF_TOKEN to a token of "
+            return NoSuchRepositoryError(
+                f"{label} is gated: ask for access at https://huggingface.co/{name} and set HF_TOKEN to a token of "
                 "an account that has it."
             )
         case errors.RevisionNotFoundError():
             variable = REVISION_VARIABLES.get(repository.variable, repository.variable)
-            return f"{variable}={repository.revision!r}: {name} has no such branch, tag or commit."
+            subject = f"{variable}={repository.revision!r}" if repository.revision else label
+            return NoSuchRepositoryError(f"{subject}: {name} has no such branch, tag or commit.")
         case errors.RepositoryNotFoundError():
-            return (
-                f"{setting}: the Hugging Face Hub has no such model, or it is private. Check the spelling. "
+            if not repository.variable:
+                return NoSuchRepositoryError(
+                    f"The Hugging Face Hub has no LoRA adapter {name!r}, or it is private. Check the spelling. "
+                    "For a private adapter, set HF_TOKEN."
+                )
+            return NoSuchRepositoryError(
+                f"{label}: the Hugging Face Hub has no such model, or it is private. Check the spelling. "
                 "For a private model, set HF_TOKEN."
             )
         case errors.HfHubHTTPError() if error.response is not None and error.response.status_code in (401, 403):
-            return f"HF_TOKEN: the Hugging Face Hub refuses it. Create a token with read access to {name}, or unset it."
+            return ConfigurationError(
+                f"HF_TOKEN: the Hugging Face Hub refuses it. Create a token with read access to {name}, or unset it."
+            )
     return None
 
 

@@ -27,8 +27,8 @@ class Repository:
 
     name: str
     """ORG/NAME."""
-    variable: str
-    """The variable that names it."""
+    variable: str = ""
+    """The variable that names it. Empty: requests name it as a LoRA adapter."""
     revision: str | None = None
     path: str | None = None
     """The folder or the GGUF file that is needed. None: the whole repository."""
@@ -44,6 +44,11 @@ class Repository:
     def value(self) -> str:
         """The name as the variable has it: with the GGUF file, if only that is needed."""
         return f"{self.name}/{self.path}" if self.is_file else self.name
+
+    @property
+    def label(self) -> str:
+        """How messages refer to it."""
+        return f"{self.variable}={self.value!r}" if self.variable else f"The LoRA adapter {self.name!r}"
 
     @property
     def is_file(self) -> bool:

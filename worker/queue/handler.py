@@ -18,7 +18,7 @@ from worker.errors import (
 )
 from worker.request import sse
 from worker.request.asgi import App, Message, Receive, Request, Response, Send, exchange
-from worker.request.inputs import ApiCall, JobInput, StreamForm
+from worker.request.inputs import JobInput, StreamForm
 from worker.request.links import LinkedInputs, has_link
 from worker.request.pace import Pace, current_pace
 from worker.request.pipeline import Pipeline, only_job_errors
@@ -78,7 +78,7 @@ class JobHandler:
                         "'upload_url' must stand beside 'input_url', not in the file behind the link.", param=UPLOAD_URL
                     )
         except JobError as error:
-            return _UnusableInput(error)
+            return JobInput(value, error)
         return JobInput(value)
 
     async def _fetched(self, links: LinkedInputs, value: Json) -> Json:
@@ -136,18 +136,6 @@ class JobHandler:
             return self._app, Request(call.method, call.path, call.query, headers)
         headers["content-type"] = "application/json"
         return self._app, Request(call.method, call.path, call.query, headers, json.dumps(call.body).encode())
-
-
-class _UnusableInput(JobInput):
-    """The input of a job that fails with an error."""
-
-    def __init__(self, error: JobError) -> None:
-        super().__init__(None)
-        self._error = error
-
-    def call(self, control_routes: bool = False) -> ApiCall:
-        del control_routes
-        raise self._error
 
 
 def _without_upload_url(value: Any) -> Any:

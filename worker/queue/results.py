@@ -13,12 +13,14 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
+from worker import threads
 from worker.backoff import Backoff
 from worker.errors import Json, LinkServerRefusedError, MediaError, ResultRefusedError, UnreachableError
 from worker.media.fetch import UPLOAD_REDIRECTS, Fetcher, Policy
@@ -29,6 +31,8 @@ CONTENT_TYPE = "application/json"
 STORE_SECONDS = 120.0
 """The limit for one store, with all attempts."""
 ATTEMPTS = 3
+FOLDER_THREADS = 2
+"""How many results are written to the folder at once."""
 S3_FIELDS = ("endpointUrl", "accessId", "accessSecret", "bucketName")
 """The fields of RunPod's `s3Config`. The name may be missing."""
 _REGION = re.compile(r"(?:^|\.)s3(?:api)?[.-]([a-z]+-[a-z0-9-]+)\.")
@@ -68,6 +72,8 @@ class Results:
         self._own_bucket = _own_bucket(settings)
         self._policy = policy
         self._seconds = seconds
+        # A volume that hangs must not keep threads from others.
+        self._threads = ThreadPoolExecutor(FOLDER_THREADS, "results")
         # The operator chooses the worker's own bucket, so it may be in a private network.
         self._trusted = Policy(private_networks=True)
 
@@ -78,6 +84,7 @@ class Results:
             ResultRefusedError: no store works; the message says why, and what to set.
         """
         failures = []
+        digest = await asyncio.to_thread(hashlib.sha256, data)
         for store in self._stores(job):
             try:
                 async with asyncio.timeout(self._seconds):
@@ -88,7 +95,6 @@ class Results:
                 reason = str(error)
             else:
                 log.info("Job %s: its result of %.1f MB is stored (%s)", job["id"], len(data) / 1e6, store.name)
-                digest = await asyncio.to_thread(hashlib.sha256, data)
                 return {**place, "bytes": len(data), "sha256": digest.hexdigest(), "content_type": CONTENT_TYPE}
             log.warning("Job %s: its result cannot be stored. %s: %s", job["id"], store.name, reason)
             failures.append(f"{store.name}: {reason}.")
@@ -104,7 +110,7 @@ class Results:
         if self._own_bucket is not None:
             yield Bucket("BUCKET_ENDPOINT_URL", self._own_bucket, settings.result_url_seconds, self._trusted)
         if settings.result_folder is not None:
-            yield Folder(Path(settings.result_folder))
+            yield Folder(Path(settings.result_folder), self._threads)
 
 
 def _own_bucket(settings: Settings) -> Json | None:
@@ -158,10 +164,7 @@ class Bucket:
         """See `Store`."""
         bucket, region, key_id, secret = self._read()
         url = f"{bucket}/{_file_name(job_id)}/{uuid.uuid4().hex}.json"
-        try:
-            headers, link = await asyncio.to_thread(_sign, url, data, key_id, secret, region, self.seconds)
-        except ValueError:
-            raise StoreError("the access key or its secret has characters that no key has") from None
+        headers, link = await asyncio.to_thread(_sign, url, data, key_id, secret, region, self.seconds)
         # A signature is valid for one host.
         await _upload(self.policy, url, data, headers, redirects=())
         return {"result_url": link}
@@ -177,6 +180,8 @@ class Bucket:
         if not all(texts) or not all(isinstance(text, str) for text in (*texts, name)):
             raise StoreError(f"it needs the strings {', '.join(S3_FIELDS)}")
         endpoint, key_id, secret = map(str, texts)
+        if not all(text.isascii() and text.isprintable() and " " not in text for text in (key_id, secret)):
+            raise StoreError("the access key or its secret has characters that no key has, such as a line break")
         try:
             parts = urlsplit(endpoint)
             is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -209,13 +214,14 @@ class Folder:
     """A folder, for example on the network volume."""
 
     folder: Path
+    executor: Executor
     name: str = "RESULT_FOLDER"
 
     async def put(self, job_id: str, data: bytes) -> Json:
         """See `Store`. The file appears when it is complete, and not at all if the job is cancelled before."""
         path, cancelled = self.folder / f"{_file_name(job_id)}.json", threading.Event()
         try:
-            await asyncio.to_thread(_write, path, data, cancelled)
+            await threads.call(self.executor, _write, path, data, cancelled)
         except OSError as error:
             raise StoreError(f"the file cannot be written ({error.strerror})") from None
         finally:

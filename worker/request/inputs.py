@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
-from worker.errors import InvalidRequestError, Json, MethodNotAllowedError, RouteNotFoundError
+from worker.errors import InvalidRequestError, JobError, Json, MethodNotAllowedError, RouteNotFoundError
 from worker.media import url
 from worker.media.checks import Kind
 from worker.request.routes import OWN_ROUTES, ROUTES, Method, method_of
@@ -50,8 +50,10 @@ class ApiCall:
 class JobInput:
     """A job's `input`: the shape that it has, the form in which its stream is sent, and the call that it asks for."""
 
-    def __init__(self, value: object) -> None:
+    def __init__(self, value: object, error: JobError | None = None) -> None:
+        """Take the input, and the error with which `call` fails, if the input is known to be wrong."""
         self._value = value
+        self._error = error
         keys = value.keys() if isinstance(value, dict) else set[str]()
         self._shape = next((shape for required, shape in _SHAPES if required <= keys), None)
 
@@ -69,6 +71,8 @@ class JobInput:
             RouteNotFoundError: the route is not offered.
             MethodNotAllowedError: the route has another method.
         """
+        if self._error is not None:
+            raise self._error
         if self._shape is None:
             raise InvalidRequestError(f"{_described(self._value)} {_ACCEPTED}")
         try:

@@ -12,14 +12,14 @@ from worker.memory import current_account
 from worker.request.asgi import Message
 from worker.request.rewrite import is_json, with_body
 from worker.request.routes import route_of
-from worker.request.shape import check_shape
+from worker.request.shape import check_shape, parse
 from worker.settings import Settings
-from worker.telemetry.usage import Fetch, current_usage
+from worker.telemetry.usage import Fetch, current_usage, rejected
 
 INPUT_URL = "input_url"
 BODIES = ("openai_input", "body")
 """The fields of a job's input that are the body of a request."""
-MAX_BYTES = 10_000
+MAX_LINK_BODY_BYTES = 10_000
 """The largest HTTP body that is searched for a link."""
 
 
@@ -47,7 +47,9 @@ class LinkedInputs:
         Raises:
             JobError: the link cannot be fetched, or does not lead to a body.
         """
-        if len(body) > MAX_BYTES or b'"input_url"' not in body or not is_json(scope) or not route_of(scope["path"]):
+        if len(body) > MAX_LINK_BODY_BYTES or b'"input_url"' not in body:
+            return scope, body
+        if not (is_json(scope) and route_of(scope["path"])):
             return scope, body
         try:
             value = json.loads(body)
@@ -72,15 +74,13 @@ class LinkedInputs:
             )
         if not isinstance(link := holder[INPUT_URL], str):
             raise InvalidRequestError("'input_url' must be a string: the link to the input.", param=INPUT_URL)
-        usage, began = current_usage.get(), time.monotonic()
+        began = time.monotonic()
         try:
             async with aclosing(Fetcher(self._policy)) as fetcher:
                 data = await fetcher.get(link, self._limit, reserve)
         except MediaError as error:
-            if usage is not None:
-                usage.rejections.append(error.reason)
-            raise type(error)(f"'input_url': {error}.", param=INPUT_URL) from None
-        if usage is not None:
+            raise rejected(type(error)(f"'input_url': {error}.", param=INPUT_URL)) from None
+        if (usage := current_usage.get()) is not None:
             usage.fetches.append(Fetch(time.monotonic() - began, len(data)))
         return data
 
@@ -99,9 +99,10 @@ def _parsed(data: bytes) -> Json:
     """Return the JSON object that a link leads to."""
     try:
         check_shape(data)
-        value = json.loads(data)
+        value = parse(data)
     except JobError as error:
-        raise InvalidRequestError(f"'input_url': {error}", param=INPUT_URL) from None
+        message = str(error).replace("The request body", "the link's content")
+        raise InvalidRequestError(f"'input_url': {message}", param=INPUT_URL) from None
     except ValueError:
         raise InvalidRequestError("'input_url': the link's content is not valid JSON.", param=INPUT_URL) from None
     if not isinstance(value, dict):

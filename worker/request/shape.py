@@ -7,6 +7,9 @@ image of 20 MB in base64, and at most 0.3 s for 30 MB of anything.
 
 import json
 from itertools import accumulate
+from typing import Any
+
+import msgspec
 
 from worker.errors import InvalidRequestError
 
@@ -24,6 +27,15 @@ _HARMLESS = {b"{": MAX_DEPTH // 2, b"[": MAX_DEPTH // 2, b",": MAX_COMMAS, b'"':
 _RARE = 50
 _NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _STEPS = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+
+
+def parse(body: bytes) -> Any:
+    """Parse JSON as `json.loads` does, and faster for most bodies. Raises ValueError."""
+    try:
+        return msgspec.json.decode(body)
+    except ValueError:
+        # It does not accept NaN, a byte order mark, and half of a surrogate pair.
+        return json.loads(body)
 
 
 def check_shape(body: bytes) -> None:

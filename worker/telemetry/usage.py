@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from worker.errors import Rejection
+from worker.errors import MediaError, Rejection
+
+RejectedMedia = TypeVar("RejectedMedia", bound=MediaError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,13 @@ class Usage:
             first_token_at=min(values("first_token_at"), default=None),
             finish_reason=next(reversed([*values("finish_reason")]), None),
         )
+
+
+def rejected(error: RejectedMedia) -> RejectedMedia:
+    """Count an error about media in the usage of the current job, if there is one, and return it."""
+    if (usage := current_usage.get()) is not None:
+        usage.rejections.append(error.reason)
+    return error
 
 
 current_usage: ContextVar[Usage | None] = ContextVar("current_usage", default=None)
