@@ -85,7 +85,7 @@ def test_a_body_behind_a_link_is_answered_over_http(http_worker: HttpWorker, fil
         pytest.param(b"[]", 400, "'input_url': the link's content must be a JSON object.", id="a list"),
         pytest.param({"input_url": "https://x"}, 400, "must not have an 'input_url' too", id="a link again"),
         pytest.param({"prompt": "Hello"}, 400, "messages", id="the body of another route"),
-        pytest.param(b"[" * 200, 400, "'input_url': The request body is nested", id="nested too deeply"),
+        pytest.param(b"[" * 200, 400, "'input_url': the link's content is nested", id="nested too deeply"),
         pytest.param(None, 422, "'input_url': the link's server answered with HTTP status 404.", id="nothing"),
     ],
 )
