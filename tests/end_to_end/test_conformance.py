@@ -66,7 +66,12 @@ cases = pytest.mark.parametrize("case", [*ANSWERED, *WRONG], ids=lambda case: ca
 
 @cases
 def test_http_responses_are_those_of_vllm_serve(expected: httpx.Client, over_http: httpx.Client, case: Case) -> None:
-    assert ask(over_http, case).canonical() == ask(expected, case).canonical()
+    answer, reference = ask(over_http, case).canonical(), ask(expected, case).canonical()
+    if reference[2] == {"detail": "Not Found"}:
+        # If the model lacks the route, FastAPI answers for vLLM. The worker's answer has the form of all other errors.
+        assert (answer[0], answer[2]["error"]["type"]) == (reference[0], "NotFoundError")
+    else:
+        assert answer == reference
 
 
 @cases

@@ -18,7 +18,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import API_KEY, Endpoint, SpeechWorker
+from tests.conftest import API_KEY, Endpoint, HttpWorker, SpeechWorker
 from tests.support import speech
 from tests.support.links import Server
 
@@ -280,10 +280,13 @@ def test_wrong_forms_get_words(http: httpx.Client, form: dict[str, Any], message
     assert message in answer.json()["error"]["message"]
 
 
-def test_a_model_without_speech_says_so(endpoint: Endpoint) -> None:
+def test_a_model_without_speech_says_so(endpoint: Endpoint, http_worker: HttpWorker) -> None:
     with httpx.Client(base_url=endpoint.url, timeout=60) as queue:
         error = result_of(queue, {"audio": BASE64})
     assert (error["code"], error["message"]) == (404, f"The loaded model does not support '{TRANSCRIBE}'.")
+    with http_worker.client() as client:
+        answer = client.post(TRANSCRIBE, json={"file": BASE64})
+    assert (answer.status_code, answer.json()["error"]) == (404, error)
 
 
 # ---- Ends

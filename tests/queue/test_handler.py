@@ -449,13 +449,6 @@ def test_an_event_larger_than_the_platforms_limit_is_split() -> None:
     assert max(len(json.dumps(text, ensure_ascii=False).encode()) for text in texts) <= 1_000_000
 
 
-def test_a_route_of_another_kind_of_model_is_not_found() -> None:
-    (output,) = outputs(answer(b'{"detail":"Not Found"}', 404), {"route": "/v1/embeddings", "body": {"input": "Hello"}})
-    error = error_of(output)
-    assert (error["code"], error["type"]) == (404, "NotFoundError")
-    assert "does not support '/v1/embeddings'" in error["message"]
-
-
 # ---- Inputs behind links, and the link for a result
 
 OPEN = Policy(seconds=5, private_networks=True)

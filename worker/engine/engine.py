@@ -25,11 +25,12 @@ from worker.engine.connector import OPENCV, Guard
 from worker.engine.documents import rewriting_documents
 from worker.engine.load import FirstCause, Work, load
 from worker.engine.startup_errors import translated
-from worker.errors import Json, StartupError
+from worker.errors import Json, NotOfThisModelError, StartupError
 from worker.media.fetch import Policy
 from worker.memory import Budget
-from worker.request.asgi import App, Request, exchange
+from worker.request.asgi import App, Message, Receive, Request, Send, exchange
 from worker.request.links import LinkedInputs
+from worker.request.pipeline import send_error
 from worker.request.rewrite import Rewrite, rewriting
 from worker.settings import Settings
 from worker.telemetry.usage import EngineLoad
@@ -151,6 +152,7 @@ class Engine:
         tasks = await self._client.get_supported_tasks()
         app = build_app(self._args, tasks, self._client.model_config)
         app.state.server = self._liveness
+        app.router.default = _answer_not_of_this_model
         media_errors.add_handlers(app)
         validation.fail_fast(app)
         with translated():
@@ -209,6 +211,11 @@ class Engine:
         self._client.shutdown(timeout=SHUTDOWN_SECONDS)
         if self._adapters is not None:
             self._adapters.close()
+
+
+async def _answer_not_of_this_model(scope: Message, _receive: Receive, send: Send) -> None:
+    """Answer a request for a route that vLLM has for other models only."""
+    await send_error(send, NotOfThisModelError(scope["path"]))
 
 
 async def _run_lifespan(app: Starlette, entered: asyncio.Event, guard: Guard) -> None:

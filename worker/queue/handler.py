@@ -13,7 +13,6 @@ from worker.errors import (
     InvalidRequestError,
     JobError,
     Json,
-    NotOfThisModelError,
     status_of,
 )
 from worker.request import sse
@@ -101,7 +100,7 @@ class JobHandler:
         current_pace.set(Pace(milliseconds / 1000, lambda: self._streams) if milliseconds else None)
         async with exchange(app, request) as response, self._counted(form):
             if response.status >= 400:
-                raise _error(response.status, await response.read_all(), request.path)
+                raise _error(response.status, await response.read_all())
             if not response.is_event_stream:
                 yield _value(response, await response.read_all())
                 return
@@ -206,13 +205,11 @@ def _engine_error(status: int, value: object) -> EngineResponseError | None:
     return EngineResponseError(status if status >= 400 else code, value)
 
 
-def _error(status: int, body: bytes, path: str) -> JobError:
+def _error(status: int, body: bytes) -> JobError:
     try:
         value = json.loads(body)
     except ValueError:
         value = None
-    if status == NotOfThisModelError.status and value == {"detail": "Not Found"}:
-        return NotOfThisModelError(path)
     message = body.decode(errors="replace") or f"The engine answered with HTTP status {status}."
     return _engine_error(status, value) or EngineResponseError(status, {"error": {"message": message}})
 
