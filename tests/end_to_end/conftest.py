@@ -1,4 +1,4 @@
-"""A worker whose requests name LoRA adapters."""
+"""A worker whose requests name LoRA adapters, and a client for both ways."""
 
 import threading
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import API_KEY, Endpoint, OneAtATime, both_ways, run_endpoint
+from tests.conftest import API_KEY, Endpoint, HttpWorker, OneAtATime, both_ways, run_endpoint
 from tests.model.hub import Hub, handler_for
 from tests.support import adapters
 from tests.support.ports import free_port
@@ -61,3 +61,17 @@ def run_adapter_worker(root: Path) -> Iterator[AdapterWorker]:
 def adapter_worker(other_workers: OneAtATime) -> AdapterWorker:
     """A worker whose requests name LoRA adapters."""
     return other_workers.get("adapters", run_adapter_worker)
+
+
+@pytest.fixture(scope="module", params=["queue", "http"])
+def api(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    """A client of the worker's routes, through the queue and over HTTP."""
+    if request.param == "queue":
+        endpoint: Endpoint = request.getfixturevalue("endpoint")
+        # RunPod's proxy only offers routes under /v1.
+        with httpx.Client(base_url=f"{endpoint.url}/openai", timeout=60) as client:
+            yield client
+    else:
+        worker: HttpWorker = request.getfixturevalue("http_worker")
+        with worker.client() as client:
+            yield client

@@ -3,14 +3,13 @@
 The embedded model names the colours of pages, in their order.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.conftest import API_KEY, Endpoint, HttpWorker
+from tests.conftest import API_KEY, HttpWorker
 from tests.end_to_end.test_multimodal import CHAT, TEXT, ask, both_ways, error_of
 from tests.support import hostile_pdfs, media, pdfs
 from tests.support.links import Server
@@ -18,19 +17,6 @@ from tests.support.links import Server
 Part = dict[str, Any]
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 COLOURS = "|".join(media.COLOURS)
-
-
-@pytest.fixture(scope="module", params=["queue", "http"])
-def api(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    """A client of the worker's routes, through the queue and over HTTP."""
-    if request.param == "queue":
-        endpoint: Endpoint = request.getfixturevalue("endpoint")
-        with httpx.Client(base_url=f"{endpoint.url}/openai", timeout=60) as client:
-            yield client
-    else:
-        worker: HttpWorker = request.getfixturevalue("http_worker")
-        with worker.client() as client:
-            yield client
 
 
 def data_part(route: str, data: bytes) -> Part:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.conftest import API_KEY, Endpoint, HttpWorker
+from tests.conftest import API_KEY, HttpWorker
 from tests.support import hostile, media
 from tests.support.links import Server
 from tests.support.media import COLOURS, image_url
@@ -26,20 +26,6 @@ CHAT = "/v1/chat/completions"
 Part = dict[str, Any]
 
 FILM = media.data_url(media.film("red", "blue"), "video/mp4")
-
-
-@pytest.fixture(scope="module", params=["queue", "http"])
-def api(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
-    """A client of the worker's routes, through the queue and over HTTP."""
-    if request.param == "queue":
-        endpoint: Endpoint = request.getfixturevalue("endpoint")
-        # RunPod's proxy only offers routes under /v1.
-        with httpx.Client(base_url=f"{endpoint.url}/openai", timeout=60) as client:
-            yield client
-    else:
-        worker: HttpWorker = request.getfixturevalue("http_worker")
-        with worker.client() as client:
-            yield client
 
 
 # ---- The same message in the formats of three routes

@@ -4,36 +4,22 @@ import json
 import threading
 import time
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from http.server import BaseHTTPRequestHandler
 
 from tests.support import media, pdfs, speech
+from tests.support.local_server import LocalServer
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """Records the path of every request and the headers of the last one."""
 
-    daemon_threads = True
-
     def __init__(self, address: str = "127.0.0.1") -> None:
-        super().__init__((address, 0), Handler)
+        super().__init__(Handler, address)
         self.hits: list[str] = []
         self.headers: dict[str, str] = {}
         self.connections = 0
         self.most_connections = 0
         self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.server_address[0]!s}:{self.server_port}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):

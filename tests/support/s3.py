@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import httpx
+
+from tests.support.local_server import LocalServer
 
 BUCKET = "results"
 ALLOW_ALL = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
@@ -73,13 +75,11 @@ def s3_server() -> Iterator[S3Server]:
         server.stop()
 
 
-class LinkServer(ThreadingHTTPServer):
+class LinkServer(LocalServer):
     """Takes uploads, and returns them. `uploads` has the bodies by path, `requests` every request in order."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.uploads: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.arrived = threading.Event()
@@ -87,23 +87,11 @@ class LinkServer(ThreadingHTTPServer):
         self.answered = threading.Event()
         """Set when an answer was sent."""
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
     def hold(self, name: str, value: Any) -> str:
         """Return a link to a value as JSON, or to bytes as they are."""
         path = f"/held/{name}"
         self.uploads[path] = value if isinstance(value, bytes) else json.dumps(value).encode()
         return self.url + path
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

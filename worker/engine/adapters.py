@@ -41,7 +41,7 @@ NO_CONTROL = "This route is off, because LORA_ALLOW is set. Name the adapter in 
 def keep_slot_free(args: Namespace) -> None:
     """On CPUs, reserve one more adapter slot than is used.
 
-    Its code for CPUs uses the adapter in the last place for requests without one (vLLM's pull request 48421).
+    vLLM's code for CPUs uses the adapter in the last slot for requests without one (pull request 48421).
     """
     if args.enable_lora and current_platform.is_cpu():
         used = max(args.max_loras, args.max_cpu_loras or 0, len(args.lora_modules or ()))

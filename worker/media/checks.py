@@ -15,6 +15,9 @@ from worker.settings.settings import Settings
 
 Kind = Literal["image", "video", "audio", "document"]
 
+MAX_PROCESSES = 8
+"""The most processes, unless the settings say more."""
+
 FORMATS: Mapping[Kind, str] = {
     "image": "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF",
     "video": "MP4, MOV, WebM, MKV, AVI, GIF, and lists of JPEG frames",
@@ -57,8 +60,8 @@ class Limits:
         """The time for the pages of one document together."""
         self.page_pixels = min(settings.document_page_pixels, settings.image_downscale_pixels or sys.maxsize)
         """A page is drawn with at most this many pixels."""
-        self.processes = settings.media_processes
-        """How many processes decode the media of one request at once; None: one for each core."""
+        self.processes = settings.media_processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        """How many processes decode the media, or draw the documents, of one request at once."""
         self.downscale_pixels = settings.image_downscale_pixels
         """Larger images are scaled down to this many pixels; None leaves them as they are."""
 

@@ -4,7 +4,6 @@ A large image is first only opened, so that the memory for its pixels is reserve
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -26,7 +25,6 @@ KEPT_PIXEL_BYTES = 4
 """What Pillow needs for a pixel of the result."""
 SOUND_BYTES = 268_435_456
 """vLLM's default for the samples of a sound."""
-MAX_PROCESSES = 8
 IMAGE_MODES = ("1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F")
 
 
@@ -70,8 +68,7 @@ class Decoders:
     def __init__(self, limits: Limits, modules: Iterable[str] = ("cv2", "av")) -> None:
         self._limits = limits
         self._modules = tuple(modules)
-        each = limits.processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
-        self.pool = Pool(each, self._start)
+        self.pool = Pool(limits.processes, self._start)
 
     def _start(self) -> Process:
         pixels = KEPT_PIXEL_BYTES * int(self._limits.image_pixels.value)

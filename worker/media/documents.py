@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,7 +15,7 @@ from PIL import Image
 
 from worker.errors import MediaError, MediaTooLargeError
 from worker.media.checks import Limits, check_kind, check_size
-from worker.media.decoders import KEPT_PIXEL_BYTES, MAX_PROCESSES, check_mode
+from worker.media.decoders import KEPT_PIXEL_BYTES, check_mode
 from worker.media.pool import Pool, Process
 from worker.memory import Account
 from worker.telemetry.usage import rejected
@@ -75,7 +74,7 @@ class Documents:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._pages: WeakValueDictionary[str, Page] = WeakValueDictionary()
-        self._pool = Pool(limits.processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0))), self._start)
+        self._pool = Pool(limits.processes, self._start)
 
     def _start(self) -> Process:
         pixels = KEPT_PIXEL_BYTES * self._limits.page_pixels

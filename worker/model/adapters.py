@@ -28,7 +28,7 @@ from worker.model.adapter_checks import (
     disk_errors,
 )
 from worker.model.repositories import Repository
-from worker.settings import Settings, environment, read
+from worker.settings import Settings, environment, flags, read
 
 MOST_LISTED = 1000
 DOWNLOAD_SECONDS = 600.0
@@ -109,7 +109,7 @@ class Downloads:
             AdapterError: the repository has no adapter that the worker accepts.
             AdapterUnavailableError: the Hub cannot be reached, is too slow or refuses HF_TOKEN, or the disk is full.
         """
-        if self._environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        if flags.boolean(self._environ, "HF_HUB_OFFLINE"):
             raise AdapterNotFoundError(
                 f"The LoRA adapter {name!r} is in no local cache, and HF_HUB_OFFLINE forbids to download it."
             )

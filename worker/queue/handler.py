@@ -8,13 +8,7 @@ from contextlib import aclosing, asynccontextmanager, closing
 from typing import Any
 
 from worker import race
-from worker.errors import (
-    EngineResponseError,
-    InvalidRequestError,
-    JobError,
-    Json,
-    status_of,
-)
+from worker.errors import EngineResponseError, InvalidRequestError, JobError, Json, status_of
 from worker.request import sse
 from worker.request.asgi import App, Message, Receive, Request, Response, Send, exchange
 from worker.request.inputs import JobInput, StreamForm
