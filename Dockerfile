@@ -21,10 +21,11 @@ RUN python3 -m pip install --no-cache-dir --no-deps --requirement builder/requir
 COPY builder/inspect_models.py builder/
 RUN python3 builder/inspect_models.py && chown -R worker:worker /var/cache/vllm && chmod -R a+rX /var/cache/vllm
 COPY handler.py test_input.json ./
-COPY builder/entrypoint.sh builder/healthcheck.py builder/
+COPY builder/entrypoint.sh builder/healthcheck.py builder/list_files.py builder/
 COPY worker worker
 COPY tests/models/tiny-vlm tests/models/tiny-vlm
-RUN python3 -m compileall -q --invalidation-mode unchecked-hash handler.py worker
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash handler.py worker \
+ && PYTHONPATH=. python3 builder/list_files.py
 ENV MODEL_NAME=/worker/tests/models/tiny-vlm SERVED_MODEL_NAME=tiny MAX_MODEL_LEN=2048 MAX_NUM_SEQS=128 \
     ENFORCE_EAGER=true GPU_MEMORY_UTILIZATION=0.2 SKIP_MM_PROFILING=true VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
     ENABLE_AUTO_TOOL_CHOICE=true TOOL_CALL_PARSER=hermes REASONING_PARSER=qwen3 \
@@ -66,9 +67,10 @@ ARG MODEL_REVISION=""
 ENV MODEL_NAME=${MODEL_NAME} MODEL_REVISION=${MODEL_REVISION}
 COPY --link --chown=10001:10001 --from=model /models /models
 COPY handler.py test_input.json ./
-COPY builder/entrypoint.sh builder/healthcheck.py builder/
+COPY builder/entrypoint.sh builder/healthcheck.py builder/list_files.py builder/
 COPY worker worker
-RUN python3 -m compileall -q --invalidation-mode unchecked-hash handler.py worker
+RUN python3 -m compileall -q --invalidation-mode unchecked-hash handler.py worker \
+ && PYTHONPATH=. python3 builder/list_files.py
 # A build that is not told its version is `dev`: it claims no release.
 ARG VERSION=dev
 ARG REVISION=unknown

@@ -6,11 +6,11 @@ LOCK := builder/requirements-cpu.txt
 READY := .venv/.ready
 BIN := .venv/bin
 PARALLEL := --numprocesses=auto --dist=loadfile
-UNIT := $(addprefix tests/,settings request telemetry media model http queue) $(wildcard tests/test_*.py)
+UNIT := $(addprefix tests/,settings request telemetry media model http queue batch) $(wildcard tests/test_*.py)
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test test-unit check clients conformance bench bench-coldstart endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check image-check model clean
+.PHONY: help setup run test test-unit check clients conformance batch-demo batch-kills cluster-demo cluster-tests bench bench-batch bench-coldstart bench-flashboot bench-cluster endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check image-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -75,13 +75,34 @@ conformance: $(if $(VLLM),.venv-$(VLLM)/.ready,setup) ## Compare the worker's re
 	@$(BIN)/uv pip install --quiet --python .venv-$*/bin/python --override builder/overrides.txt --requirement .venv-$*/requirements.in
 	@touch $@
 
+batch-demo: setup ## Answer a file of 500 requests with the embedded model, half of them about images; count right answers
+	@$(BIN)/python -m bench.batch_demo
+
+batch-kills: setup ## Kill and cancel batches on the real engine, and measure memory over 100,000 lines; takes long
+	@BATCH_KILLS=20 $(BIN)/python -m pytest tests/end_to_end/test_batch_kills.py -rP
+
+cluster-demo: setup ## Ask two workers on two machines, as network namespaces, about an image, and kill one; needs root
+	@$(BIN)/python -m bench.cluster_demo
+
+cluster-tests: setup ## Run clusters of two machines with the real engine through all failures; needs root; takes long
+	@CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/end_to_end/test_cluster.py tests/cluster/test_network.py -rP
+
 bench: setup ## Compare the worker's speed with vllm serve, and its media loading with vLLM's; takes long; BENCH="--rounds 1" is shorter
 	@$(BIN)/python -m bench $(BENCH)
 	@$(BIN)/python -m bench.media
 
+bench-batch: setup ## Compare batches with vllm run-batch, and measure the first tokens of callers beside a batch
+	@$(BIN)/python -m bench.batch $(BENCH)
+
 bench-coldstart: setup ## Compare the time from the start to the first token with that of a polled vllm serve
 	@$(BIN)/python -m bench.coldstart $(BENCH)
 	@$(BIN)/python -m bench.prefetch
+
+bench-cluster: setup ## Compare a cluster of two machines with one machine that has the cores of both; needs root
+	@$(BIN)/python -m bench.cluster $(BENCH)
+
+bench-flashboot: setup ## Measure the first token after a freeze of 5 s and 60 s; BENCH="--seconds 600 --rounds 3" for others
+	@$(BIN)/python -m bench.flashboot $(BENCH)
 
 endurance: setup ## Run 10,000 short jobs; fails if one is lost or answered twice, or if memory grows
 	@$(BIN)/python -m bench.endurance

@@ -26,6 +26,16 @@ class Load:
     tokens: int
     stream: bool
 
+    @property
+    def mode(self) -> str:
+        """How the answers are sent."""
+        return "streaming" if self.stream else "not streaming"
+
+    def measure(self, base_url: str) -> dict[str, float]:
+        """Send all requests to the server at `base_url` and return the figures, and how many tokens were generated."""
+        timings = asyncio.run(run(base_url, self))
+        return {**timings.figures(), "tokens": timings.tokens}
+
     def length(self, number: int) -> int:
         """Return the number of tokens that a request generates. It is the same for every server."""
         return round(self.tokens * (0.5 + number * GOLDEN_RATIO % 1))

@@ -57,7 +57,7 @@ def main() -> int:
 def _server(folder: Path) -> Iterator[str]:
     """Serve photographs of about 1 MB each, and a video, from a separate process."""
     for index in range(PHOTOGRAPHS):
-        (folder / f"{index}.jpg").write_bytes(_photograph(index))
+        (folder / f"{index}.jpg").write_bytes(photograph(index))
     (folder / "film.mp4").write_bytes(media.film("red", "blue", frames=240, size=(1280, 720), rate=24.0))
     port = free_port()
     command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)]
@@ -77,8 +77,8 @@ def _server(folder: Path) -> Iterator[str]:
             server.terminate()
 
 
-def _photograph(seed: int, size: tuple[int, int] = (1600, 1200)) -> bytes:
-    """Return a JPEG file, of about 1 MB in the default size: a smooth image with some grain."""
+def photograph(seed: int, size: tuple[int, int] = (1600, 1200)) -> bytes:
+    """Return a JPEG file, of about 0.7 MB in the default size: a smooth image with some grain."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = rng.normal(0, 14, (size[1], size[0], 3))
@@ -96,7 +96,7 @@ async def _measure(folder: Path, url: str) -> dict[str, Any]:
     connectors = {"worker": MEDIA_CONNECTOR_REGISTRY.load(MEDIA_CONNECTOR), "vLLM": MediaConnector()}
     links = [f"{url}/{index}.jpg" for index in range(PHOTOGRAPHS)]
     inline = [media.data_url((folder / f"{index}.jpg").read_bytes(), "image/jpeg") for index in range(PHOTOGRAPHS)]
-    alone = media.data_url(_photograph(PHOTOGRAPHS, (1152, 896)), "image/jpeg")
+    alone = media.data_url(photograph(PHOTOGRAPHS, (1152, 896)), "image/jpeg")
     film = media.data_url((folder / "film.mp4").read_bytes(), "video/mp4")
     seconds: dict[str, list[float]] = {}
 

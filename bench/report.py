@@ -28,11 +28,10 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"| concurrency | mode | figure | {' | '.join(names)} |", "| --- " * (3 + len(names)) + "|"]
     for cell in result["cells"]:
         first = cell[names[0]]
-        mode = "streaming" if first["stream"] else "not streaming"
         for figure in FIGURES:
             if figure in first:
                 values = " | ".join(_value(cell[name][figure], first[figure]) for name in names)
-                lines.append(f"| {first['concurrency']:.0f} | {mode} | {figure} | {values} |")
+                lines.append(f"| {first['concurrency']} | {first['mode']} | {figure} | {values} |")
     return "\n".join(lines) + "\n"
 
 
@@ -57,14 +56,14 @@ def _page(result: dict[str, Any]) -> str:
     )
 
 
-def _plot(cells: list[dict[str, dict[str, float]]], path: Path) -> None:
+def _plot(cells: list[dict[str, dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, name, stream in zip(axes, ("tokens/s", "tokens/s", "TTFT p95 ms"), (True, False, True), strict=True):
+    shown = [("tokens/s", "streaming"), ("tokens/s", "not streaming"), ("TTFT p95 ms", "streaming")]
+    for axis, (name, mode) in zip(axes, shown, strict=True):
         for server in cells[0]:
-            points = [cell[server] for cell in cells if bool(cell[server]["stream"]) is stream]
+            points = [cell[server] for cell in cells if cell[server]["mode"] == mode]
             axis.plot([point["concurrency"] for point in points], [point[name] for point in points], "o-", label=server)
-        title = f"{name}, {'' if stream else 'not '}streaming"
-        axis.set(xscale="log", yscale="log", xlabel="concurrent requests", title=title)
+        axis.set(xscale="log", yscale="log", xlabel="concurrent requests", title=f"{name}, {mode}")
         axis.grid(visible=True, which="both", alpha=0.3)
     axes[0].legend()
     figure.savefig(path, metadata={"Date": None})

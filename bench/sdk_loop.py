@@ -5,8 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import handler
 from worker import modes
+from worker.main import configure
 from worker.queue.handler import JobHandler
 from worker.settings import environment, read
 from worker.worker import Worker
@@ -29,7 +29,7 @@ def main() -> int:
     """Run the worker until it is stopped."""
     with tempfile.TemporaryDirectory() as folder:
         settings = read(environment.read())
-        handler.configure(settings, Path(folder))
+        configure(settings, Path(folder))
         return modes.run(SdkLoopMode(Worker(settings, Path(folder) / "cause.txt")), None)
 
 

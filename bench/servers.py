@@ -88,10 +88,10 @@ def worker(name: str, log: Path, program: tuple[str, ...] = ("handler.py",), **e
 
 
 @contextmanager
-def http_worker(log: Path) -> Iterator[Server]:
+def http_worker(log: Path, **environment: str) -> Iterator[Server]:
     """Run the worker in HTTP mode."""
     port = free_port()
-    environ = tiny.environment() | {"PORT": str(port)}
+    environ = tiny.environment() | {"PORT": str(port), **environment}
     with _process([sys.executable, "handler.py"], environ, log) as process:
         base_url = f"http://127.0.0.1:{port}/v1"
         _wait(process, f"{base_url}/models", log)

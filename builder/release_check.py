@@ -29,6 +29,7 @@ CHECKS: dict[str, list[str]] = {
         f"simulate {first}": ["make", "simulate", "SCHEDULES=250000", f"FIRST={first}"]
         for first in range(0, 1_000_000, 250_000)
     },
+    "batch-kills": ["make", "batch-kills"],
     "hostile": ["make", "hostile"],
     "fuzz": ["make", "fuzz"],
     "endurance": ["make", "endurance"],

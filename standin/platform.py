@@ -187,6 +187,9 @@ class Platform:
         self._changed.fire()
 
     def post_result(self, job_id: str, result: Mapping[str, Json]) -> None:
+        if result.get("status") == Status.IN_PROGRESS:
+            self._post_progress(job_id, result.get("output"))
+            return
         self.records.done_posts += 1
         self.records.refreshes += bool(result.get("stopPod"))
         job = self._unfinished(job_id)
@@ -196,6 +199,13 @@ class Platform:
             return
         error = result.get("error")
         self._end(job, Status.FAILED if error else Status.COMPLETED, result.get("output"), error)
+
+    def _post_progress(self, job_id: str, progress: Json) -> None:
+        """`/status` shows it as the output until the job ends. The SDK's `progress_update` sends it."""
+        self.records.progress_posts += 1
+        if job := self._unfinished(job_id):
+            job.output = progress
+            self._changed.fire()
 
     def ping(self, ping: Ping) -> None:
         self.records.pings.append(ping)

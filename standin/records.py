@@ -38,6 +38,7 @@ class Records:
     takes: list[Take] = field(default_factory=list)
     stream_posts: int = 0
     done_posts: int = 0
+    progress_posts: int = 0
     post_connections: set[tuple[str, int]] = field(default_factory=set)
     """The TCP connections on which chunks and results were posted, as addresses and ports of the workers."""
     duplicate_dones: list[str] = field(default_factory=list)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-import handler
 from tests.support.clock import run_on_virtual_clock
 from tests.support.tiny import ROOT
-from worker import modes
+from worker import batch_mode, modes
 from worker.errors import ConfigurationError, StartupError
+from worker.main import choose, read_options
 from worker.modes import Mode
 from worker.settings import Settings
 from worker.worker import Worker
@@ -37,13 +37,14 @@ def worker(tmp_path: Path, **settings: Any) -> Worker:
         pytest.param([], {"worker_mode": "http", **QUEUE}, modes.HttpMode, id="http by name"),
         pytest.param([], {}, modes.LocalMode, id="neither"),
         pytest.param(["--rp_serve_api"], {}, modes.DevelopmentMode, id="the SDK's test server"),
+        pytest.param(["--batch", "a", "--out", "b"], QUEUE, batch_mode.BatchMode, id="a batch"),
         pytest.param(["--test_input", "{}"], {"worker_mode": "local", **QUEUE}, modes.LocalMode, id="one job"),
     ],
 )
 def test_the_mode_follows_from_options_and_settings(
     argv: list[str], settings: dict[str, Any], mode: type[Mode], tmp_path: Path
 ) -> None:
-    assert type(handler.choose(handler.read_options(argv), worker(tmp_path, **settings))) is mode
+    assert type(choose(read_options(argv), worker(tmp_path, **settings))) is mode
 
 
 class ScriptedMode(Mode):
@@ -208,3 +209,10 @@ def test_a_stop_that_became_an_error_of_the_engine_is_a_stop(error: StartupError
     with pytest.raises(SystemExit) as stopped:
         modes.run(mode, None)
     assert (stopped.value.code, mode.steps) == (0, ["listen", "load"])
+
+
+@pytest.mark.parametrize("argv", [["--batch", "in.jsonl"], ["--out", "out.jsonl"]])
+def test_a_batch_needs_both_files(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        read_options(argv)
+    assert "--batch and --out belong together" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 
+from tests.conftest import have_ended
 from tests.support.tiny import ROOT
 
 EXIT = """
@@ -44,6 +45,49 @@ def test_a_worker_with_wrong_settings_goes_on_to_report_them() -> None:
     assert time.monotonic() - began >= 1
 
 
+TWICE = """
+import os, sys, threading, time
+from worker import processes
+end = os._exit
+
+def slow(code):
+    # As coverage does, which writes its data first.
+    print(code, flush=True)
+    time.sleep(0.5)
+    end(code)
+
+os._exit = slow
+threading.Thread(target=processes.exit_now, args=(3,)).start()
+time.sleep(0.1)
+processes.exit_now(4)
+"""
+
+
+def test_only_one_thread_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, check=False, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, b"3\n")
+
+
+KILLED = """
+import multiprocessing, time
+from worker import processes
+with processes.children_end_with_this():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+    child.start()
+print(child.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_killed_worker_leaves_no_engine_behind() -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        engine = psutil.Process(int(worker.stdout.readline()))
+        worker.kill()
+        worker.wait()
+        assert have_ended([engine])
+
+
 ORPHAN = """
 import subprocess, sys
 from worker import processes
@@ -63,4 +107,4 @@ print(orphan)
 def test_processes_whose_parent_has_ended_are_ended_too() -> None:
     command = [sys.executable, "-c", ORPHAN]
     orphan = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
+    assert not psutil.pid_exists(orphan) or have_ended([psutil.Process(orphan)])

@@ -8,16 +8,22 @@ from itertools import chain
 from typing import Any
 
 from worker import redaction
+from worker.cluster import interface
+from worker.cluster.role import Role
 from worker.errors import ConfigurationError, Json
 from worker.model import weights
 from worker.settings import Settings, environment, reading, sources
 from worker.settings.sources import Variables
+from worker.telemetry import gpu
 
 SET_BY_WORKER = ("model", "served_model_name", "enable_log_requests", "enable_log_outputs", "logging_config")
 """vLLM's arguments that the worker sets itself."""
 
 Hide = Callable[[str], str]
 """Returns a text without the secrets in the settings."""
+
+Row = tuple[str, Any, str]
+"""A setting, its value and its source."""
 
 
 def run(environ: Mapping[str, str], as_json: bool) -> int:
@@ -37,24 +43,55 @@ def run(environ: Mapping[str, str], as_json: bool) -> int:
         chosen = reading.from_variables(variables)
         environment.prepare(chosen)
         folders = weights.locate(chosen)
+        cluster, remarks = _cluster(chosen.role) if chosen.role else ([], [])
     except ConfigurationError as error:
         mistakes += str(error).splitlines()
     if mistakes:
-        every = chain(mistakes, _mistakes_in_flags(variables))
+        reported = {mistake.partition("=")[0] for mistake in mistakes}
+        others = (mistake for mistake in _mistakes_in_flags(variables) if mistake.partition("=")[0] not in reported)
+        every = chain(mistakes, others)
         return _print_mistakes(every, _warnings(reading.defaults(variables)), as_json, hide)
     from worker.engine import arguments
 
     try:
         args = arguments.parse_arguments(chosen)
-        arguments.place(args, chosen, {name: folder for name, folder in folders.items() if folder})
+        found = {name: folder for name, folder in folders.items() if folder}
+        sizes = arguments.place(args, chosen, found, gpu.visible(chosen.libraries.visible_gpus))
     except ConfigurationError as error:
         return _print_mistakes(str(error).splitlines(), _warnings(chosen), as_json, hide)
-    _print_settings(chosen, arguments.changed(args), map(hide, _warnings(chosen)), as_json)
+    engine = arguments.changed(args)
+    rows = [*_rows(chosen, engine), *cluster]
+    if sizes is not None:
+        assert chosen.role is not None
+        rows.append(("CLUSTER_RANKS", sizes.ranks(chosen.role.rank), "derived"))
+        rows.append(("CLUSTER_PLAN", sizes.why, "derived"))
+        remarks += sizes.warnings
+    _print_settings(rows, _command(chosen, engine), map(hide, chain(_warnings(chosen), remarks)), as_json)
     return 0
 
 
-def _print_settings(chosen: Settings, engine: Json, warnings: Iterable[str], as_json: bool) -> None:
-    rows, command = _rows(chosen, engine), _command(chosen, engine)
+def _cluster(role: Role) -> tuple[list[Row], list[str]]:
+    """Return rows about this machine's role in a cluster, and warnings.
+
+    Raises:
+        ConfigurationError: no interface has the node's address.
+    """
+    values = {
+        "CLUSTER_ROLE": role.name,
+        "CLUSTER_NODE": str(role),
+        "CLUSTER_HEAD": role.head,
+    }
+    remarks: list[str] = []
+    try:
+        own = interface.find(role)
+        values["CLUSTER_INTERFACE"] = f"{own.name} ({own.address})"
+        remarks += interface.remarks(role, own)
+    except interface.NetworkNotReadyError as error:
+        remarks.append(str(error))
+    return [(name, value, "derived") for name, value in values.items()], remarks
+
+
+def _print_settings(rows: list[Row], command: str, warnings: Iterable[str], as_json: bool) -> None:
     if as_json:
         listed = [dict(zip(("setting", "value", "source"), row, strict=True)) for row in rows]
         result = {"ok": True, "settings": listed, "command": command, "warnings": list(warnings)}
@@ -94,7 +131,7 @@ def _mistakes_in_flags(variables: Variables) -> Iterator[str]:
     yield from arguments.mistakes(chosen)
 
 
-def _rows(chosen: Settings, engine: Json) -> list[tuple[str, Any, str]]:
+def _rows(chosen: Settings, engine: Json) -> list[Row]:
     """Return the name, value and source of each setting of the worker, and of vLLM's that differ from its defaults.
 
     vLLM's settings that nobody set are derived from others.
@@ -125,6 +162,8 @@ def _command(chosen: Settings, engine: Json) -> str:
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             words += [flag, *map(_text, value if isinstance(value, list) else [value])]
+    if chosen.is_follower:
+        words.append("--headless")
     return shlex.join(words)
 
 

@@ -66,6 +66,13 @@ class RouteNotFoundError(JobError, status=404, type="NotFoundError"):
         super().__init__(f"No route {path!r}. Available routes: {', '.join(routes)}.")
 
 
+class NotHeadError(JobError, status=421, type="NotFoundError"):
+    """The machine is a follower in a cluster, and takes no requests."""
+
+    def __init__(self, node: str, head: str) -> None:
+        super().__init__(f"This is {node}, which takes no requests. Send them to the head of the cluster: {head}.")
+
+
 class NotOfThisModelError(JobError, status=404, type="NotFoundError"):
     """The route exists only for another kind of model."""
 
@@ -208,6 +215,60 @@ class JobTimeoutError(JobError, status=504, type="TimeoutError"):
         super().__init__(
             f"The request was ended after REQUEST_TIMEOUT={seconds:g} s. Ask for fewer tokens, or raise the limit."
         )
+
+
+NO_RETRY = MappingProxyType({"x-should-retry": "false"})
+"""Keeps OpenAI's clients from sending a request again, as they do after 409 and 5xx."""
+
+
+class BatchOutputError(JobError, status=507, type="InsufficientStorageError"):
+    """The results of a batch cannot be written: the disk is full or fails."""
+
+
+class StorageError(BatchOutputError, headers=NO_RETRY):
+    """The files and batches of HTTP callers cannot be read or written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"BATCH_FOLDER cannot be used: {reason}. Delete files that you do not need, or ask the operator to check "
+            "the disk. Then try again."
+        )
+
+
+class BatchFullError(JobError, status=507, type="InsufficientStorageError", headers=NO_RETRY):
+    """There is no room for another file or batch."""
+
+
+class UploadTooLargeError(JobError, status=413, type="BadRequestError", headers={"connection": "close"}):
+    """The body of a request about files or batches is too large."""
+
+    def __init__(self, limit: int, setting: str = "") -> None:
+        if setting:
+            most, advice = f"{setting}={limit}", "Send several smaller files, or compress it with gzip or zstd."
+        else:
+            most, advice = str(limit), "Upload the requests as a file, and send its id as 'input_file_id'."
+        super().__init__(f"The body has more than {most} bytes. {advice}")
+
+
+class BatchesOffError(JobError, status=404, type="NotFoundError"):
+    """The worker keeps no files for HTTP callers."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path!r} needs the setting BATCH_FOLDER, which this worker does not have. Set it to a folder on the "
+            "network volume, such as '/runpod-volume/batch-files'."
+        )
+
+
+class BatchObjectNotFoundError(JobError, status=404, type="NotFoundError"):
+    """The caller's API key has no such file or batch."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"No {kind} {name[:100]!r} of this API key.", param="id")
+
+
+class BatchBusyError(JobError, status=409, type="ConflictError", headers=NO_RETRY):
+    """The file or batch is in a state in which this cannot be done."""
 
 
 class ResultRefusedError(JobError, status=413):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from worker import race
 from worker.errors import ENGINE_DIED, LEAVING, LOADING, EngineDiedError, JobError, StartFailedError, UnavailableError
+from worker.resume import Resumes
 
 State = Literal["starting", "ready", "draining", "failed", "dead", "refused"]
 
@@ -29,6 +30,8 @@ class Lifecycle:
         self._state: State = "starting"
         self._reason = ""
         self._engine_is_dead: Callable[[], bool] = lambda: False
+        self.resumes = Resumes()
+        """Notices when the worker was frozen, and counts time without that."""
         self.stopping = asyncio.Event()
         """Set when the worker is stopped: it takes no new requests."""
         self.over = asyncio.Event()

@@ -53,9 +53,9 @@ class Budget:
         self._accounts: set[Account] = set()
         self._waiting: list[_Waiting] = []
 
-    def account(self) -> "Account":
-        """Return the account of a new request. Close it when the request ends."""
-        account = Account(self)
+    def account(self, *, is_line: bool = False) -> "Account":
+        """Return the account of a new request, or of a batch's line. Close it when the request ends."""
+        account = Account(self, is_line=is_line)
         self._accounts.add(account)
         return account
 
@@ -124,8 +124,10 @@ class Budget:
 class Account:
     """The bytes that one request holds."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, *, is_line: bool = False) -> None:
         self._budget = budget
+        self.is_line = is_line
+        """Whether it is a line of a batch, for which nobody waits."""
         self.held = 0
         self.media = 0
         """The part of `held` that downloads and decoded media take."""

@@ -1,6 +1,7 @@
 """The ways to run a worker. Each loads and serves, or refuses every caller with the reason why it cannot."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -14,16 +15,21 @@ from typing import Any
 import uvloop
 
 from worker import processes, race, redaction
+from worker.batch.job import Shared
+from worker.batch.share import Share, without_lines
+from worker.cluster.cluster import FINISHED
 from worker.errors import ConfigurationError, StartupError
 from worker.http.server import HttpServer
 from worker.queue import local
-from worker.queue.delivery import Keep, keep_nothing
+from worker.queue.batch_jobs import BatchJobs
+from worker.queue.delivery import StoreResult, store_nothing
 from worker.queue.handler import Handler, Job, JobHandler
 from worker.queue.loop import Context
 from worker.queue.places import Places
 from worker.queue.results import Results
 from worker.request.asgi import App, Message, Receive, Send
 from worker.request.links import LinkedInputs
+from worker.telemetry.usage import EngineLoad
 from worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -31,6 +37,8 @@ log = logging.getLogger(__name__)
 Died = Callable[[], Coroutine[Any, Any, object]]
 
 STOP_AGAIN_SECONDS = 0.2
+BATCH_SECONDS = 2.0
+"""How long a batch that is left gets to write what its last lines were answered."""
 REFUSED_AT_ONCE = 16
 """Jobs that a worker takes at once when it refuses all of them."""
 REFUSE_JOBS = 100
@@ -39,7 +47,7 @@ REFUSE_SECONDS = 600.0
 
 
 def run(mode: "Mode", problem: ConfigurationError | None) -> int:
-    """Load and serve; if the settings are wrong, or turn out to be, refuse every caller. Return the exit code.
+    """Load and serve, or refuse every caller if the settings are wrong. Return the exit code.
 
     Raises:
         StartupError: the worker cannot start or go on.
@@ -50,19 +58,31 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
         try:
             mode.listen(stack)
             if problem is None:
-                mode.load()
-                return mode.serve()
+                with worker.cluster_first():
+                    mode.load()
+                    code = mode.serve()
+                if mode.ends_by_itself:
+                    worker.cluster.left(FINISHED)
+                return code
         except StartupError as error:
-            if mode.stopped_by is not None:
+            if mode.stopped_by is not None and worker.cluster.problem is None:
                 # The signal's exception became another one in a library.
                 sys.exit(mode.exit_code)
+            if not isinstance(worker.cluster.problem, ConfigurationError):
+                worker.cluster.left("has failed")
             if not isinstance(error, ConfigurationError):
                 worker.lifecycle.fail(str(error))
                 raise
             problem = problem or error
+        except Exception:
+            worker.cluster.left("has failed")
+            raise
         if worker.settings.startup_failure == "exit":
             raise problem
-        worker.shutdown()
+        # A head that refuses its callers goes on to refuse other nodes, too.
+        worker.end_engine()
+        # handler.py has disabled it, and there is no engine whose start has enabled it again.
+        gc.enable()
         mode.refuse(problem)
     return 0
 
@@ -70,6 +90,8 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
 class Mode(ABC):
     """One way to run a worker."""
 
+    ends_by_itself = False
+    """Whether the worker's end is the end of its work."""
     stops_with_0 = True
     """Whether a worker that is stopped by a signal ends with exit code 0."""
 
@@ -144,11 +166,14 @@ class QueueMode(Mode):
             # Attached before the first ping and the first request for jobs, in the loop that serves.
             handler = job_handler(worker, runner.run(worker.attach()))
             results = Results(worker.settings, worker.engine.link_policy)
-            with processes.exit_soon_after():
-                engine, batch = worker.engine, worker.settings.job_batch_size
-                room = worker.pipeline.memory.room
-                places = Places(worker.concurrency, batch, engine.current_load, room, engine.reported)
-                self._serve(runner, handler.handle, places, engine.died, results.keep)
+            with processes.exit_soon_after(), worker.cluster_first():
+                engine, room = worker.engine, worker.pipeline.memory.room
+
+                def load() -> EngineLoad:
+                    return without_lines(engine.current_load(), worker.telemetry.lines_in_engine)
+
+                places = Places(worker.concurrency, worker.settings.job_batch_size, load, room, engine.reported)
+                self._serve(runner, handler.handle, places, engine.died, results.store)
         return 0
 
     def refuse(self, error: ConfigurationError) -> None:
@@ -160,21 +185,27 @@ class QueueMode(Mode):
             self._serve(runner, handler.handle, places, lambda: self._end_refusal(error))
 
     def _serve(
-        self, runner: asyncio.Runner, handler: Handler, places: Places, died: Died, keep: Keep = keep_nothing
+        self, runner: asyncio.Runner, handler: Handler, places: Places, died: Died, store: StoreResult = store_nothing
     ) -> None:
         from worker.queue import sdk
 
         worker = self.worker
-        context = Context(worker.lifecycle, worker.settings, died, places, worker.telemetry.stream_posts.inc, keep)
+        context = Context(worker.lifecycle, worker.settings, died, places, worker.telemetry.stream_posts.inc, store)
         sdk.serve_queue(handler, context, runner)
 
 
 class HttpMode(Mode):
     """Requests over HTTP: for load-balancing endpoints, pods and other machines."""
 
+    def load(self) -> None:
+        """Check the folder for batches, which takes no time, and load the engine."""
+        if self.worker.batches is not None:
+            self.worker.batches.store.prepare()
+        self.worker.load()
+
     def serve(self) -> int:
         """Answer requests until the worker is stopped."""
-        with processes.exit_soon_after():
+        with processes.exit_soon_after(), self.worker.cluster_first():
             self._run(self._serve())
         return 0
 
@@ -182,10 +213,18 @@ class HttpMode(Mode):
         worker, lifecycle = self.worker, self.worker.lifecycle
         attaching = asyncio.create_task(worker.attach())
         if await race.first(attaching, lifecycle.stopping.wait()) is attaching:
-            attaching.result()
-            await lifecycle.serve(worker.engine.died(), worker.gate.drained, worker.settings.grace)
+            batches = asyncio.create_task(self._run_batches(attaching.result()))
+            try:
+                with lifecycle.resumes.watched():
+                    await lifecycle.serve(worker.engine.died(), worker.gate.drained, worker.settings.grace)
+            finally:
+                await race.end(batches, grace=BATCH_SECONDS)
         else:
             attaching.cancel()
+
+    async def _run_batches(self, app: App) -> None:
+        if self.worker.batches is not None:
+            await self.worker.batches.run(shared_by_batches(self.worker, app))
 
     def refuse(self, error: ConfigurationError) -> None:
         """Answer every request with the reason."""
@@ -206,6 +245,7 @@ class HttpMode(Mode):
 class LocalMode(Mode):
     """One job, whose result is printed."""
 
+    ends_by_itself = True
     stops_with_0 = False
 
     def __init__(self, worker: Worker, test_input: str | None) -> None:
@@ -247,7 +287,15 @@ class DevelopmentMode(Mode):
 def job_handler(worker: Worker, app: App) -> JobHandler:
     """Return the handler for jobs, which answers them with `app`, and fetches inputs that are behind links."""
     links = LinkedInputs(worker.engine.link_policy, worker.settings)
-    return JobHandler(app, worker.pipeline, worker.settings, links)
+    return JobHandler(app, worker.pipeline, worker.settings, links, BatchJobs(shared_by_batches(worker, app)))
+
+
+def shared_by_batches(worker: Worker, app: App) -> Shared:
+    """Return what batches need of the worker. They are answered with `app`."""
+    engine, settings, pipeline = worker.engine, worker.settings, worker.pipeline
+    most = settings.max_concurrency
+    share = Share(worker.telemetry, pipeline.memory, engine.current_load, most)
+    return Shared(app, pipeline, settings, engine.link_policy, share, engine.has_priorities)
 
 
 def attached_later(worker: Worker) -> App:

@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
+import httpx
 import pytest
 
 from standin import Behaviour, Fault, Job, Records, Status
 from tests.conftest import Endpoint, HttpWorker
+from tests.support.freezing import frozen
 from tests.support.media import COLOURS, image_url
 
 STORY: dict[str, Any] = {"prompt": "Once", "max_tokens": 60, "ignore_eos": True}
@@ -28,6 +29,12 @@ def faulty(endpoint: Endpoint) -> Iterator[Endpoint]:
 
 def submit(endpoint: Endpoint, job_input: Any) -> Job:
     return endpoint.server.call(endpoint.server.platform.submit, {"input": job_input})
+
+
+def metric(endpoint: Endpoint, name: str) -> float:
+    """Return the value of a metric of the worker."""
+    lines = httpx.get(f"http://127.0.0.1:{endpoint.metrics_port}/metrics", timeout=10).text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def assert_each_ended_once(endpoint: Endpoint, jobs: list[Job], *, cancelled: bool = False) -> None:
@@ -79,17 +86,40 @@ def test_a_platform_that_was_unreachable_gets_every_result(faulty: Endpoint) -> 
 
 
 def test_a_worker_that_was_frozen_continues(faulty: Endpoint) -> None:
-    """As when FlashBoot resumes a worker: its connections are closed, and time has passed."""
-    family = [psutil.Process(faulty.worker.pid), *psutil.Process(faulty.worker.pid).children(recursive=True)]
+    """As when FlashBoot resumes a worker: its connections are dead without a sign, and time has passed."""
     running = submit(faulty, {**STORY, "max_tokens": 800, "stream": True})
     faulty.server.wait_until(lambda _: running.chunks)
-    for process in family:
-        process.suspend()
-    faulty.server.drop_connections()
-    time.sleep(5)
-    for process in reversed(family):
-        process.resume()
-    assert_each_ended_once(faulty, [running, submit(faulty, STORY)])
+    before, pings = metric(faulty, "worker_resumes_total"), faulty.server.platform.records.pings
+    with frozen(faulty.worker.pid):
+        # What the platform has answered arrives.
+        time.sleep(0.3)
+        faulty.proxy.lose_connections()
+        time.sleep(5)
+        pinged = len(pings)
+    job = submit(faulty, {**STORY, "max_tokens": 1})
+    # A poll that waits on a dead connection would wait for 90 s, and a ping for 2 s.
+    faulty.server.wait_until(lambda _: job.ended, timeout=20)
+    faulty.server.wait_until(lambda _: len(pings) > pinged, timeout=20)
+    stopped = submit(faulty, {**STORY, "max_tokens": 1900, "stream": True})
+    faulty.server.wait_until(lambda _: stopped.chunks, timeout=20)
+    faulty.server.call(faulty.server.platform.cancel, stopped)
+    faulty.server.wait_until(lambda platform: stopped.id in platform.records.stop_signals, timeout=20)
+    assert_each_ended_once(faulty, [running, job])
+    assert metric(faulty, "worker_resumes_total") >= before + 1
+    assert "The worker resumed after it was frozen for" in faulty.log.read_text()
+
+
+def test_frozen_time_does_not_count_for_the_time_limit_of_a_request(http_worker: HttpWorker) -> None:
+    body = {**STORY, "max_tokens": 100, "stream": True}
+    with http_worker.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        parts = response.iter_text()
+        first = next(parts)
+        with frozen(http_worker.worker.pid):
+            # Longer than REQUEST_TIMEOUT.
+            time.sleep(6)
+        text = first + "".join(parts)
+    assert '"error"' not in text
+    assert text.endswith("data: [DONE]\n\n")
 
 
 def test_cancelling_some_of_64_jobs(faulty: Endpoint) -> None:

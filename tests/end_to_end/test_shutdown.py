@@ -32,7 +32,7 @@ def test_a_queue_worker_completes_short_jobs_and_fails_long_ones(tmp_path: Path)
         children = psutil.Process(worker.pid).children(recursive=True)
         began = time.monotonic()
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(timeout=20) == 0
+        assert worker.wait(timeout=20) == 0, endpoint.log.read_text()
         assert time.monotonic() - began < GRACE_SECONDS + 5
         assert have_ended(children)
     assert short.status is Status.COMPLETED
@@ -48,7 +48,7 @@ def test_an_http_worker_completes_its_stream(tmp_path: Path, collector: Collecto
             next(parts)
             http_worker.worker.send_signal(signal.SIGTERM)
             assert "".join(parts).endswith("data: [DONE]\n\n")
-        assert http_worker.worker.wait(timeout=30) == 0
+        assert http_worker.worker.wait(timeout=30) == 0, http_worker.log.read_text()
 
 
 def test_a_queue_worker_that_is_loading_ends_all_its_processes() -> None:

@@ -134,6 +134,39 @@ def test_the_mode_the_port_and_the_volume_are_those_that_the_worker_would_use() 
     assert rows["BASE_PATH"] == ("/workspace", "derived")
 
 
+CLUSTER = {"NUM_NODES": "2", "NODE_RANK": "1", "PRIMARY_ADDR": "127.0.0.1", "MODEL_NAME": "tests/models/tiny-vlm"}
+
+
+def test_the_role_in_a_cluster_and_the_plan() -> None:
+    code, text = check("--json", **CLUSTER, TENSOR_PARALLEL_SIZE="2", CLUSTER_KEY="s3cret")
+    assert code == 0
+    assert "s3cret" not in text
+    report = json.loads(text)
+    rows = {row["setting"]: row["value"] for row in report["settings"]}
+    assert {name: value for name, value in rows.items() if name.startswith("CLUSTER_")} == {
+        "CLUSTER_PORT": 29560,
+        "CLUSTER_TIMEOUT": 600.0,
+        "CLUSTER_KEY": "***",
+        "CLUSTER_ROLE": "follower",
+        "CLUSTER_NODE": "node 1 of 2",
+        "CLUSTER_HEAD": "127.0.0.1",
+        "CLUSTER_INTERFACE": "lo (127.0.0.1)",
+        "CLUSTER_RANKS": "process 1 of 2, counted from 0",
+        "CLUSTER_PLAN": "1 copy of the model on 2 nodes without GPUs, each layer divided among 2 processes.",
+    }
+    assert report["warnings"] == []
+
+
+def test_mistakes_of_a_cluster_are_reported_once() -> None:
+    """vLLM's parser has no other words for the same mistake, and does not check what the nodes decide."""
+    code, text = check("--json", **CLUSTER, NNODES="two", MAX_NUM_SEQS="x")
+    assert (code, [line.split("=")[0] for line in json.loads(text)["mistakes"]]) == (2, ["NNODES", "MAX_NUM_SEQS"])
+    code, text = check("--json", **{**CLUSTER, "PRIMARY_ADDR": "203.0.113.6", "NODE_ADDR": "203.0.113.7"})
+    (mistake,) = json.loads(text)["mistakes"]
+    assert code == 2
+    assert mistake.startswith("No network interface of this machine has the node's address '203.0.113.7'.")
+
+
 def test_an_unknown_option_is_named() -> None:
     command = [sys.executable, "handler.py", "--chek", "--rp_log_level", "DEBUG", "--check"]
     environ = {"PATH": "/usr/bin:/bin", "PORT": "x"}
@@ -147,9 +180,9 @@ import sys
 import vllm.platforms
 from vllm.platforms.interface import UnspecifiedPlatform
 vllm.platforms._current_platform = UnspecifiedPlatform()
-import handler
+from worker.main import main
 sys.argv[1:] = ["--check"]
-sys.exit(handler.main())
+sys.exit(main())
 """
 
 

@@ -1,6 +1,7 @@
 """The collector of outputs, which keeps a job's pace, and the engine's load. The running engine tests the client."""
 
 import asyncio
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.stats import SchedulerStats
 
-from worker.engine.client import Monitor, PacedCollector
+from worker.engine.client import Aborts, Monitor, PacedCollector
 from worker.request.pace import Pace
 from worker.telemetry.usage import EngineLoad
 
@@ -117,3 +118,60 @@ def test_requests_that_have_ended_since_the_last_report_do_not_count() -> None:
 @pytest.mark.parametrize(("unfinished", "running", "waiting"), [(0, 0, 0), (5, 5, 0), (11, 8, 3)])
 def test_without_statistics_the_requests_beyond_the_capacity_wait(unfinished: int, running: int, waiting: int) -> None:
     assert load(unfinished) == EngineLoad(8, unfinished, running, waiting, 0.0)
+
+
+class Engines:
+    """Two engines, one of which may be silent."""
+
+    def __init__(self) -> None:
+        self.unfinished = 2
+        self.core = SimpleNamespace(
+            get_output_async=self.get, core_engines=[b"0", b"1"], engine_inflight=Counter({b"0": 1, b"1": 1})
+        )
+        client: Any = SimpleNamespace(
+            engine_core=self.core, output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: self.unfinished)
+        )
+        self.monitor = Monitor(client)
+
+    async def get(self) -> EngineCoreOutputs:
+        return report(1, 0, 0.1, engine=0)
+
+    def wait(self, seconds: int) -> tuple[int, float]:
+        """Let engine 0 report something each second; return the longest silence."""
+        for _ in range(seconds):
+            asyncio.run(self.core.get_output_async())
+            self.monitor.add(1.0)
+        return self.monitor.longest_silence()
+
+
+def test_an_engine_that_answers_does_not_hide_one_that_is_silent() -> None:
+    engines = Engines()
+    assert engines.wait(5) == (1, 5.0)
+    engines.core.engine_inflight[b"1"] = 0
+    assert engines.wait(1)[1] == 1.0
+
+
+def test_an_engine_whose_requests_were_aborted_is_not_waited_for() -> None:
+    engines = Engines()
+    engines.unfinished = 0
+    assert engines.wait(5)[1] == 0.0
+
+
+def test_requests_that_are_aborted_in_the_same_moment_share_a_message() -> None:
+    sent: list[list[str]] = []
+
+    async def send(ids: list[str]) -> None:
+        await asyncio.sleep(0)
+        sent.append(ids)
+
+    async def run() -> None:
+        aborts = Aborts(send)
+        tasks = [asyncio.create_task(aborts.send([str(number)])) for number in range(200)]
+        await asyncio.sleep(0)
+        # A caller that goes on does not take the others' message along.
+        tasks[7].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await aborts.send(["last"])
+
+    asyncio.run(run())
+    assert sent == [[str(number) for number in range(200)], ["last"]]

@@ -26,7 +26,7 @@ from worker.settings.environment import MEDIA_CONNECTOR
 from worker.telemetry.usage import Usage, current_usage
 
 ENVIRONMENT = {"MEDIA_ALLOW_PRIVATE_NETWORKS": "true", "MEDIA_PROCESSES": "1"}
-SCOPE = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+SCOPE = {"type": "http", "method": "POST", "state": {}, "headers": [(b"content-type", b"application/json")]}
 Part = dict[str, Any]
 
 TEXTS = pdfs.of_texts("One", "Two")

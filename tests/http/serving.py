@@ -13,6 +13,8 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from worker.batch.service import BatchService
+from worker.http import batch_routes
 from worker.http.gate import Gate
 from worker.http.own_routes import OwnRoutes
 from worker.http.protocol import LIMITS, Limits
@@ -77,7 +79,13 @@ class ServedWorker:
         pipeline = Pipeline(settings, self.lifecycle, self.telemetry)
         own_routes = OwnRoutes(self.lifecycle, self.telemetry, settings, StartupPhases(registry), pipeline.memory)
         self.memory = pipeline.memory
-        self.gate = Gate(own_routes, self.lifecycle, self.telemetry, settings, pipeline, body_seconds=body_seconds)
+        self.pipeline = pipeline
+        self.settings = settings
+        self.batches = BatchService.of(settings, self.lifecycle)
+        routes = batch_routes.routes(self.batches, settings)
+        self.gate = Gate(
+            own_routes, self.lifecycle, self.telemetry, settings, pipeline, batches=routes, body_seconds=body_seconds
+        )
         self.engine = engine
         self.concurrency = concurrency
         self.server = HttpServer(self.gate, [0], "127.0.0.1", limits)
@@ -193,8 +201,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def wait_until(description: str, condition: Callable[[], bool]) -> None:
-    for _ in range(200):
+    for _ in range(600):
         if condition():
             return
         time.sleep(0.05)
-    pytest.fail(f"Still not true after 10 s: {description}")
+    pytest.fail(f"Still not true after 30 s: {description}")

@@ -230,8 +230,8 @@ def test_a_load_that_is_cancelled_before_its_turn_harms_nobody() -> None:
             task.cancel()
         await asyncio.gather(*holding, *waiting, return_exceptions=True)
         assert (await case.image(PICTURE, account=other)).size == (64, 64)
-        assert not case.decoders.pool._using.total()
-        assert not case.decoders.pool._waiting
+        assert not case.decoders.pool._using
+        assert not case.decoders.pool._callers
 
     run(decode)
 
@@ -459,6 +459,54 @@ def test_slow_media_of_others_do_not_hold_up_a_request(is_long: bool) -> None:
         return time.monotonic() - began
 
     assert run(decode) < 5
+
+
+def test_lines_of_batches_come_last_and_never_start_more_processes() -> None:
+    async def decode(case: Case) -> None:
+        users: list[Account] = []
+        lines = [case.memory.account(is_line=True) for _ in range(20)]
+
+        async def use(request: Account) -> None:
+            async with case.decoders.pool.process(request):
+                users.append(request)
+                await asyncio.sleep(0.1)
+
+        tasks = [asyncio.create_task(use(line)) for line in lines]
+        # Longer than media of callers wait for a process that is in use.
+        await asyncio.sleep(0.55)
+        assert len(children()) == 1
+        caller = case.memory.account()
+        await use(caller)
+        place = users.index(caller)
+        await asyncio.gather(*tasks)
+        assert place < 10
+
+    run(decode, MEDIA_PROCESSES="1")
+
+
+def test_processes_are_kept_while_others_wait_for_them() -> None:
+    """Each start takes as long as decoding ten photographs."""
+
+    async def decode(case: Case) -> None:
+        await case.image(PICTURE)
+        starts: list[Process] = []
+        start = case.decoders.pool._start
+
+        def counted() -> Process:
+            starts.append(start())
+            return starts[-1]
+
+        case.decoders.pool._start = counted
+
+        async def use() -> None:
+            async with case.decoders.pool.process(case.memory.account()):
+                # All end at the same time.
+                await asyncio.sleep(0.3 - time.monotonic() % 0.3)
+
+        await asyncio.gather(*(use() for _ in range(80)))
+        assert len(starts) <= 7
+
+    run(decode, MEDIA_PROCESSES="2")
 
 
 async def _hold(case: Case, request: Account, is_long: bool) -> None:

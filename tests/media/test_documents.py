@@ -19,7 +19,7 @@ from worker.errors import MediaError, MediaTooLargeError, MemoryExceededError
 from worker.media.checks import Limits
 from worker.media.decoder_documents import MAX_CHARACTERS
 from worker.media.documents import DRAWING_BYTES, Document, Documents, Page
-from worker.memory import Budget
+from worker.memory import Account, Budget
 
 T = TypeVar("T")
 PATH = "messages[0].content[0]"
@@ -288,15 +288,16 @@ def test_pages_that_wait_for_a_process_hold_no_memory() -> None:
 def test_requests_take_turns_to_use_a_process() -> None:
     async def work(case: Case) -> None:
         await case.open(pdfs.of_colours("red"))
-        users: list[str] = []
+        users: list[Account] = []
 
-        async def use(request: str) -> None:
+        async def use(request: Account) -> None:
             async with case.documents._pool.process(request):
                 users.append(request)
                 await asyncio.sleep(0)
 
-        await asyncio.gather(*(use(request) for request in ("A", "A", "A", "A", "A", "B")))
-        assert users.index("B") <= 2
+        first, second = Account(case.memory), Account(case.memory)
+        await asyncio.gather(*(use(request) for request in [*[first] * 5, second]))
+        assert users.index(second) <= 2
 
     run(work, {"MEDIA_PROCESSES": "1"})
 

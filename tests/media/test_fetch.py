@@ -4,6 +4,8 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
 from tests.support.links import Server
+from tests.support.local_server import Hello, LocalServer
+from tests.support.proxy import Proxy
 from worker.errors import (
     LinkServerRefusedError,
     MediaError,
@@ -22,7 +26,7 @@ from worker.errors import (
 from worker.media import fetch as fetch_module
 from worker.media.addresses import is_public
 from worker.media.checks import Limit
-from worker.media.fetch import Fetcher, Policy
+from worker.media.fetch import KEEP_SECONDS, Fetcher, Policy
 
 LIMIT = Limit("MAX_IMAGE_BYTES", 1_000_000)
 OPEN = Policy(seconds=10, private_networks=True)
@@ -348,3 +352,70 @@ def test_the_resolver_is_closed_with_the_fetcher(server: Server) -> None:
 
     fetch(f"{server.url}/image", resolver=ClosingResolver("127.0.0.1"))
     assert closed == [True]
+
+
+def in_pieces(link: str, limit: float, silent: float = 5.0) -> int:
+    """Fetch a file in pieces, and return its size."""
+
+    async def run() -> int:
+        async with aclosing(Fetcher(OPEN)) as fetcher:
+            return sum([len(piece) async for piece in fetcher.pieces(link, Limit("MAX_BATCH_BYTES", limit), silent)])
+
+    return asyncio.run(run())
+
+
+def test_a_large_file_comes_in_pieces(server: Server) -> None:
+    assert in_pieces(f"{server.url}/packed", 10_000_000) == 10_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        pytest.param("packed", MediaTooLargeError, "MAX_BATCH_BYTES=1000000", id="too large when decompressed"),
+        pytest.param("endless", MediaTooLargeError, "MAX_BATCH_BYTES=1000000", id="endless"),
+        pytest.param("broken", UnreachableError, "incomplete or corrupt", id="incomplete"),
+        pytest.param("status/404", LinkServerRefusedError, "HTTP status 404", id="missing"),
+        pytest.param("slow/3", TooSlowError, "sent nothing for 0.5 s", id="silent"),
+    ],
+)
+def test_a_large_file_that_cannot_be_fetched(server: Server, path: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        in_pieces(f"{server.url}/{path}", 1_000_000, 0.5)
+
+
+def test_a_slow_file_is_not_limited_in_time(server: Server) -> None:
+    with pytest.raises(MediaTooLargeError):
+        # Each of its bytes comes after 0.05 s.
+        in_pieces(f"{server.url}/drip", 20, 0.5)
+
+
+def test_a_file_is_uploaded_with_its_length(server: Server, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_bytes(b"x" * 3_000_000)
+
+    async def run() -> None:
+        async with aclosing(Fetcher(OPEN)) as fetcher:
+            await fetcher.put(f"{server.url}/up", file, {})
+
+    asyncio.run(run())
+    assert server.hits[-1] == "/up"
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again() -> None:
+    """It may have died while the worker was frozen."""
+
+    async def run(proxy: Proxy) -> None:
+        async with aclosing(Fetcher(OPEN)) as fetcher:
+
+            async def get() -> bytes:
+                return await fetcher.get(f"http://127.0.0.1:{proxy.port}/", LIMIT, unlimited)
+
+            assert await get() == await get() == b"hello"
+            assert proxy.opened == 1
+            proxy.lose_connections()
+            await asyncio.sleep(KEEP_SECONDS + 0.1)
+            async with asyncio.timeout(10):
+                assert await get() == b"hello"
+        assert proxy.opened == 2
+
+    with LocalServer(Hello) as server, Proxy(server.server_port) as proxy:
+        asyncio.run(run(proxy))

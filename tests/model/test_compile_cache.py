@@ -7,6 +7,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 
 from tests.support.tiny import ROOT
@@ -138,3 +139,34 @@ while True:
 
 def test_the_key_depends_on_values_but_not_on_their_order() -> None:
     assert key_of({"a": 1, "b": Path("/x")}) == key_of({"b": Path("/x"), "a": 1}) != key_of({"a": 2})
+
+
+def test_lock_files_are_neither_archived_nor_restored(tmp_path: Path) -> None:
+    first = cache(tmp_path)
+    first.restore()
+    locks = [compiled(tmp_path, name=f"flashinfer/kernel/{name}", size=0) for name in ("lock", "kernel.lock")]
+    compiled(tmp_path, name="flashinfer/kernel/lock.so")
+    assert first.save()
+    with tarfile.open(tmp_path / "volume/key.tar", "a:") as archive:
+        # An older worker archived them.
+        for lock in locks:
+            archive.add(lock, lock.relative_to(tmp_path / "one"))
+    assert cache(tmp_path, "two").restore()
+    assert [path.name for path in (tmp_path / "two/flashinfer/kernel").iterdir()] == ["lock.so"]
+
+
+def test_a_lock_of_the_kernel_needs_no_removal(tmp_path: Path) -> None:
+    """FlashInfer, Inductor and vLLM use these: the kernel frees them when their process is killed."""
+    program = (
+        "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); "
+        "time.sleep(60)"
+    )
+    lock = tmp_path / "kernel.lock"
+    with subprocess.Popen([sys.executable, "-c", program, str(lock)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(lock).acquire(timeout=0)
+        holder.kill()
+    assert lock.is_file()
+    filelock.FileLock(lock).acquire(timeout=0).lock.release()

@@ -102,3 +102,27 @@ def test_a_model_without_the_needed_files_is_not_refused(tmp_path: Path, name: s
 
 def test_without_gpus_there_is_no_estimate(tmp_path: Path) -> None:
     assert fit.check(model(tmp_path, 10**12), PLAN, []) is None
+
+
+TWO_NODES = Plan(8, 2, 0.9, 4096, "bfloat16", "auto", nodes=2)
+
+
+def test_all_nodes_of_a_copy_share_the_weights(tmp_path: Path) -> None:
+    """Each node has eight GPUs of its own; `gpus` are those of one node."""
+    folder = model(tmp_path, 240_000_000_000)
+    estimate = fit.check(folder, TWO_NODES, [GPU] * 8)
+    assert estimate is not None
+    assert (estimate.fits, estimate.weights) == (True, 15e9)
+    assert fit.estimated(folder, TWO_NODES, [GPU] * 7) is None
+
+
+def test_a_model_that_does_not_fit_all_nodes(tmp_path: Path) -> None:
+    folder = model(tmp_path, 400_000_000_000)
+    with pytest.raises(ConfigurationError) as caught:
+        fit.check(folder, TWO_NODES, [GPU] * 8)
+    message = str(caught.value)
+    assert "each of 16 GPUs on 2 nodes needs 25.0 GB for weights" in message
+    assert "Use a quantized variant (AWQ, FP8), more nodes, or larger GPUs." in message
+    estimate = fit.estimated(folder, TWO_NODES, [GPU] * 8)
+    assert estimate is not None
+    assert not estimate.fits

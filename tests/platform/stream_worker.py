@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from worker import race
+from worker.batch.job import Shared
+from worker.batch.share import Share, without_lines
 from worker.lifecycle import Lifecycle
 from worker.media.fetch import Policy
 from worker.queue import sdk
+from worker.queue.batch_jobs import BatchJobs
 from worker.queue.handler import JobHandler
 from worker.queue.loop import Context
 from worker.queue.places import Places
@@ -113,7 +116,7 @@ async def _start(send: Send, content_type: bytes) -> None:
 def main() -> None:
     """Answer jobs until the worker is stopped or its engine dies."""
     lifecycle, settings, engine = Lifecycle(), read(os.environ), ScriptedEngine()
-    telemetry = Telemetry(settings.model_name)
+    telemetry = Telemetry(settings.model_name, resumes=lifecycle.resumes)
     pipeline = Pipeline(settings, lifecycle, telemetry)
 
     async def died() -> None:
@@ -121,10 +124,16 @@ def main() -> None:
 
     lifecycle.ready(engine.dead.is_set)
     policy = Policy.of(settings)
-    handler = JobHandler(engine, pipeline, settings, LinkedInputs(policy, settings))
     most = settings.max_concurrency or CONCURRENCY
-    places = Places(most, settings.job_batch_size, engine.load, pipeline.memory.room, engine.changed)
-    context = Context(lifecycle, settings, died, places, telemetry.stream_posts.inc, Results(settings, policy).keep)
+    share = Share(telemetry, pipeline.memory, engine.load, most=most)
+    batches = BatchJobs(Shared(engine, pipeline, settings, policy, share))
+    handler = JobHandler(engine, pipeline, settings, LinkedInputs(policy, settings), batches)
+
+    def load() -> EngineLoad:
+        return without_lines(engine.load(), telemetry.lines_in_engine)
+
+    places = Places(most, settings.job_batch_size, load, pipeline.memory.room, engine.changed)
+    context = Context(lifecycle, settings, died, places, telemetry.stream_posts.inc, Results(settings, policy).store)
     sdk.serve_queue(handler.handle, context, asyncio.Runner())
 
 

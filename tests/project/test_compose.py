@@ -11,9 +11,11 @@ import yaml
 
 from tests.support.tiny import ROOT
 from worker import __version__
+from worker.cluster.role import Role
 
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+CLUSTER = ROOT / "deploy/cluster/compose.yaml"
 PROFILES = sorted({profile for service in SERVICES.values() for profile in service.get("profiles", [])})
 COMBINATIONS = list(chain.from_iterable(combinations(PROFILES, count) for count in range(1, len(PROFILES) + 1)))
 
@@ -94,6 +96,19 @@ def test_workers_and_their_scraper_get_the_key(name: str) -> None:
 def test_the_image_is_that_of_this_release() -> None:
     name = SERVICES["worker"]["image"].replace("${IMAGE:-runpod-vllm-worker}", "runpod-vllm-worker")
     assert name == f"runpod-vllm-worker:{__version__}"
+
+
+def test_the_node_of_a_cluster_is_the_worker_on_the_network_of_its_machine() -> None:
+    node, worker = yaml.safe_load(CLUSTER.read_text())["services"]["worker"], SERVICES["worker"]
+    assert node["image"] == f"${{IMAGE:-ghcr.io/OWNER/runpod-vllm-worker}}:{__version__}"
+    assert (node["network_mode"], node["restart"]) == ("host", "unless-stopped")
+    same = ("cap_add", "cap_drop", "deploy", "security_opt", "shm_size", "stop_grace_period", "volumes")
+    assert {name: node[name] for name in same} == {name: worker[name] for name in same}
+    page = (ROOT / "docs/distributed.md").read_text()
+    (example,) = re.findall(r"^ *```sh\n( *IMAGE=.*?)```$", page, re.MULTILINE | re.DOTALL)
+    variables = dict(line.strip().split("=", 1) for line in example.strip().splitlines())
+    assert Role.of(variables) == Role(0, 2, "10.0.0.1", address=None, gpus=None, port=29501)
+    assert set(variables) <= set(re.findall("[A-Z_]{4,}", CLUSTER.read_text()))
 
 
 def test_prometheus_scrapes_every_worker() -> None:

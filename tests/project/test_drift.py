@@ -12,6 +12,10 @@ from fastapi import routing as fastapi_routing
 from fastapi.dependencies import utils as fastapi_dependencies
 from runpod.serverless import worker as sdk_worker
 from runpod.serverless.modules import rp_fastapi, rp_handler, rp_http, rp_job, rp_ping, rp_scale, worker_state
+from vllm import envs
+from vllm.config import ParallelConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.generate.base import serving
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -28,16 +32,19 @@ from vllm.entrypoints.speech_to_text import factories
 from vllm.entrypoints.speech_to_text.base import serving as speech
 from vllm.inputs.engine import EncoderDecoderInput, MultiModalInput
 from vllm.multimodal.video_decoders import opencv
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs, core_client
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.metrics.stats import RequestStateStats, SchedulerStats
 from vllm.v1.structured_output import backend_xgrammar
 
 from tests.support.tiny import MODEL, ROOT
 from worker import engine, settings
+from worker.batch.asking import PRIORITY_HEADER
 from worker.engine.pooling import HANDLERS as POOLING_HANDLERS
 from worker.engine.speech import HANDLERS
 from worker.queue.handler import JobHandler
@@ -69,6 +76,7 @@ REPLACED_IN_SDK: dict[Callable[..., Any], str] = {
     rp_job.handle_job: "849f93639768",
     rp_http._transmit: "fc9d60458af9",
     rp_http._handle_result: "ce88ccb812bc",
+    rp_ping.Heartbeat.__init__: "6c6e3fc078a5",
     rp_ping.Heartbeat._send_ping: "9dea1914ce06",
     worker_state.PingJobMirror.set: "a87b76b6a6a2",
     worker_state.PingJobMirror.get: "c05957cd0508",
@@ -132,6 +140,10 @@ def test_the_engine_has_the_parameters_and_properties_that_the_worker_uses() -> 
     used = {"usage_context", "enable_log_requests", "disable_log_stats", "aggregate_engine_logging"}
     assert used <= inspect.signature(AsyncLLM.from_vllm_config).parameters.keys()
     assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
+
+
+def test_vllm_reads_the_priority_of_a_request_from_its_headers() -> None:
+    assert serving.PRIORITY_HEADER.lower() == PRIORITY_HEADER
 
 
 def test_a_request_without_streaming_ends_when_its_client_disconnects() -> None:
@@ -223,3 +235,24 @@ def test_a_request_can_use_another_output_collector() -> None:
 )
 def test_vllm_and_fastapi_still_call_what_the_worker_replaces(user: object, call: str) -> None:
     assert call in inspect.getsource(user)  # type: ignore[arg-type]
+
+
+def test_vllm_has_what_a_cluster_needs() -> None:
+    """These names appear in no signature that another test runs through on a single machine."""
+    arguments = AsyncEngineArgs.__dataclass_fields__
+    needed = {"nnodes", "node_rank", "master_addr", "master_port", "data_parallel_address", "device_ids"}
+    assert needed <= arguments.keys()
+    assert "headless" in inspect.signature(AsyncEngineArgs.create_engine_config).parameters
+    assert {"node_rank_within_dp", "nnodes_within_dp", "local_world_size"} <= vars(ParallelConfig).keys()
+    assert "monitor_workers" in inspect.signature(MultiprocExecutor).parameters
+    started = {
+        "local_engine_count",
+        "start_index",
+        "local_start_index",
+        "local_client",
+        "handshake_address",
+        "log_stats",
+    }
+    assert started <= inspect.signature(CoreEngineProcManager).parameters.keys()
+    assert "engine_inflight[chosen_engine]" in inspect.getsource(core_client.DPLBAsyncMPClient)
+    assert envs.compile_factors()

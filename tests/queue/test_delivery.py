@@ -8,23 +8,29 @@ from typing import Any
 
 import pytest
 
-from tests.support.clock import run_on_virtual_clock
+from tests.support.clock import VirtualLoop, run_on_virtual_clock
 from tests.support.urls import URLS
 from worker.errors import Json, ResultRefusedError
 from worker.queue.delivery import Delivery
 from worker.queue.handler import Job
 from worker.queue.platform import FORGOTTEN_ANSWERS, JobLostError, Platform
 from worker.queue.transport import POST_SECONDS, Answer, NoAnswerError
+from worker.resume import Resumes
 
 DEADLINE = 900.0
 
 
 class Script:
-    """A transport whose answers are the items of `answers`, each after `seconds`, and then always 200."""
+    """A transport whose answers are the items of `answers`, each after `seconds`, and then always 200.
 
-    def __init__(self, *answers: int | Exception | Answer | None, seconds: float = 0.0) -> None:
+    The worker is frozen for `frozen` seconds during each post.
+    """
+
+    def __init__(self, *answers: int | Exception | Answer | None, seconds: float = 0.0, frozen: float = 0.0) -> None:
         self.answers: Iterator[Any] = iter(answers)
         self.seconds = seconds
+        self.frozen = frozen
+        self.resumes = Resumes()
         self.posts: list[tuple[str, Any]] = []
         self.polls: list[tuple[float, str]] = []
 
@@ -38,13 +44,18 @@ class Script:
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> int:  # noqa: ARG002
         self.posts.append((url.partition("/")[0], json.loads(body)))
         await asyncio.sleep(self.seconds)
+        if self.frozen:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, VirtualLoop)
+            loop.jump(self.frozen)
+            self.resumes.resumed(self.frozen)
         answer = next(self.answers, 200)
         if isinstance(answer, Exception):
             raise answer
         return int(answer)
 
     def platform(self, stopping: asyncio.Event | None = None) -> Platform:
-        return Platform(self, URLS, stopping or asyncio.Event(), DEADLINE)
+        return Platform(self, URLS, stopping or asyncio.Event(), DEADLINE, self.resumes)
 
     def deliver(self, *parts: Any) -> tuple[list[Any], list[Any]]:
         """Deliver a job with these parts; return the posted parts and results."""
@@ -77,7 +88,7 @@ def test_a_post_is_repeated_while_the_platform_does_not_accept_it(failure: Any) 
 
 
 def test_a_post_is_repeated_after_the_worker_was_frozen() -> None:
-    assert len(Script(AWAY, seconds=3600).deliver()[1]) == 2
+    assert len(Script(AWAY, frozen=3600).deliver()[1]) == 2
 
 
 @pytest.mark.parametrize(("seconds", "attempts"), [(0.0, range(80, 150)), (POST_SECONDS, range(13, 16))])
@@ -131,7 +142,7 @@ class Shelf:
         self.failures = failures
         self.kept: list[tuple[Job, bytes]] = []
 
-    async def keep(self, job: Job, data: bytes, refusal: ResultRefusedError) -> Json:
+    async def store(self, job: Job, data: bytes, refusal: ResultRefusedError) -> Json:
         self.kept.append((job, data))
         if self.failures:
             raise ResultRefusedError(refusal.size, refusal.answer, self.failures)
@@ -142,7 +153,7 @@ def deliver_to(shelf: Shelf, script: Script, *parts: Any) -> list[Any]:
     """Deliver a job whose large results are kept on the shelf, and return the posted results."""
 
     async def run() -> None:
-        delivery = Delivery(script.platform(), {"id": "job"}, lambda: None, shelf.keep)
+        delivery = Delivery(script.platform(), {"id": "job"}, lambda: None, shelf.store)
         for part in parts:
             await delivery.part(part)
         await delivery.done()

@@ -14,7 +14,8 @@ from tests.support.s3 import LinkServer
 from worker.errors import ENGINE_DIED, LEAVING, Json
 from worker.lifecycle import Lifecycle
 from worker.media.fetch import Policy
-from worker.queue.handler import JobHandler, Output
+from worker.queue.handler import JobHandler
+from worker.queue.outputs import Output
 from worker.request import sse
 from worker.request.asgi import App, Receive, Send
 from worker.request.links import LinkedInputs
@@ -68,11 +69,11 @@ def handler(app: App, settings: Settings = DEFAULTS, lifecycle: Lifecycle | None
     return JobHandler(app, Pipeline(settings, lifecycle, Telemetry("model", CollectorRegistry())), settings)
 
 
-async def collect(handler: JobHandler, job_input: object) -> list[Output]:
+async def collect(handler: JobHandler, job_input: object) -> list[Any]:
     return [output async for output in handler.handle({"id": "job-1", "input": job_input})]
 
 
-def outputs(app: App, job_input: object, settings: Settings = DEFAULTS) -> list[Output]:
+def outputs(app: App, job_input: object, settings: Settings = DEFAULTS) -> list[Any]:
     return asyncio.run(collect(handler(app, settings), job_input))
 
 
@@ -326,7 +327,7 @@ def test_a_job_that_times_out_fails_and_disconnects_from_the_engine(streaming: b
 def test_events_that_arrive_while_a_batch_is_posted_form_the_next_batch() -> None:
     events = [sse.event({"n": number}) for number in range(30)]
 
-    async def run() -> list[Output]:
+    async def run() -> list[Any]:
         texts = []
         async for text in handler(stream(*events)).handle({"id": "job-1", "input": openai(stream=True)}):
             texts.append(text)
@@ -387,10 +388,10 @@ def test_each_job_has_one_log_line_with_its_outcome(
 # ---- Shutdown and the engine's death
 
 
-def outputs_at_shutdown(app: App, *job_inputs: Json) -> list[list[Output]]:
+def outputs_at_shutdown(app: App, *job_inputs: Json) -> list[list[Any]]:
     """Return the outputs of jobs that run when the worker shuts down, and of one more job after that."""
 
-    async def run() -> list[list[Output]]:
+    async def run() -> list[list[Any]]:
         lifecycle = Lifecycle()
         lifecycle.ready(lambda: False)
         job_handler = handler(app, lifecycle=lifecycle)
@@ -462,7 +463,7 @@ def links() -> Iterator[LinkServer]:
 
 def linked(
     job_input: object, app: App, settings: Settings = DEFAULTS, policy: Policy = OPEN, usage: Usage | None = None
-) -> list[Output]:
+) -> list[Any]:
     """Return the outputs of a job whose input may be behind a link."""
     current_usage.set(usage)
     lifecycle = Lifecycle()
@@ -522,6 +523,7 @@ def test_the_form_of_a_stream_follows_from_the_input_behind_the_link(links: Link
         pytest.param({"input_url": "https://x"}, 400, "must not have an 'input_url' too", id="a link again"),
         pytest.param({"route": "/a", "body": {"input_url": ""}}, 400, "an 'input_url' too", id="a link in its body"),
         pytest.param({**CHAT, "upload_url": "https://x"}, 400, "must stand beside 'input_url'", id="upload_url"),
+        pytest.param({"batch": {"input": []}}, 400, "must stand in the job's own input", id="a batch"),
         pytest.param({"text": "x"}, 400, "which is not an accepted shape", id="no shape"),
         pytest.param({"prompt": "x" * 3000}, 413, "more bytes than MAX_REQUEST_BYTES=2000 allows.", id="too large"),
     ],
@@ -583,7 +585,7 @@ def test_an_input_waits_for_the_memory_that_other_requests_hold(links: LinkServe
     job_handler = JobHandler(echo, pipeline, settings, LinkedInputs(OPEN, settings))
     link, too_large = (links.hold(str(size), {"prompt": "x" * size}) for size in (400, 1100))
 
-    async def run() -> list[Output]:
+    async def run() -> list[Any]:
         other = pipeline.memory.account()
         await other.take(800)
         collecting = asyncio.create_task(collect(job_handler, {"input_url": link}))

@@ -8,7 +8,8 @@ import pytest
 
 from worker.errors import ConfigurationError
 from worker.queue import local
-from worker.queue.handler import Job, Output
+from worker.queue.handler import Job
+from worker.queue.outputs import Left, Output, Progress
 
 
 async def yields_two(job: Job) -> AsyncGenerator[Output, None]:
@@ -58,3 +59,23 @@ def test_a_missing_file_is_a_configuration_error(tmp_path: Path) -> None:
 
 def test_the_repositorys_test_input_is_a_valid_job() -> None:
     assert local.read_job(None, Path(__file__).parents[2] / "test_input.json")["input"]
+
+
+async def batch(_job: Job) -> AsyncGenerator[Output, None]:
+    yield Progress({"percent": 50.0})
+    yield {"completed": 2}
+
+
+async def left(_job: Job) -> AsyncGenerator[Output, None]:
+    yield Progress({"percent": 50.0})
+    yield Left("the engine has died")
+
+
+def test_progress_is_no_output() -> None:
+    result = asyncio.run(local.run(batch, {"id": "a", "input": 1}))
+    assert result == {"id": "a", "status": "COMPLETED", "output": [{"completed": 2}]}
+
+
+def test_a_job_that_is_left_has_failed() -> None:
+    result = asyncio.run(local.run(left, {"id": "a", "input": 1}))
+    assert result == {"id": "a", "status": "FAILED", "error": "the engine has died"}

@@ -10,8 +10,9 @@ import pytest
 from tests.support.clock import run_on_virtual_clock
 from tests.support.urls import URLS
 from worker.lifecycle import Lifecycle
-from worker.queue.handler import Job, Output
+from worker.queue.handler import Job
 from worker.queue.loop import AGAIN_SECONDS, Context, JobLoop
+from worker.queue.outputs import Output
 from worker.queue.places import Places
 from worker.queue.platform import Platform
 from worker.queue.transport import Answer

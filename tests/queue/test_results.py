@@ -40,16 +40,16 @@ def links() -> Iterator[LinkServer]:
         yield server
 
 
-def keep(job: Json, settings: Settings | None = None, policy: Policy = OPEN, seconds: float = 20.0) -> Json:
-    """Keep the result of a job, and return the output that takes its place."""
+def store(job: Json, settings: Settings | None = None, policy: Policy = OPEN, seconds: float = 20.0) -> Json:
+    """Store the result of a job, and return the output that takes its place."""
     results = Results(settings or Settings(), policy, seconds)
-    return asyncio.run(results.keep({"id": JOB_ID, "input": {}, **job}, DATA, REFUSAL))
+    return asyncio.run(results.store({"id": JOB_ID, "input": {}, **job}, DATA, REFUSAL))
 
 
 def refused(job: Json, settings: Settings | None = None, policy: Policy = OPEN, seconds: float = 20.0) -> str:
     """Return the message for a job whose result cannot be kept."""
     with pytest.raises(ResultRefusedError) as raised:
-        keep(job, settings, policy, seconds)
+        store(job, settings, policy, seconds)
     return str(raised.value)
 
 
@@ -67,7 +67,7 @@ def upload(link: str) -> Json:
 
 def test_the_bucket_of_a_job_keeps_its_result_and_the_link_leads_to_it(s3: S3Server) -> None:
     with s3.locked():
-        output = keep({"s3Config": s3.config})
+        output = store({"s3Config": s3.config})
     answer = httpx.get(link := output.pop("result_url"))
     assert (answer.content, answer.headers["content-type"]) == (DATA, "application/json")
     assert link.startswith(f"{s3.url}/{BUCKET}/{JOB_ID}/")
@@ -84,7 +84,7 @@ def test_the_workers_own_bucket_may_be_in_a_private_network(s3: S3Server) -> Non
         result_url_seconds=60,
     )
     with s3.locked():
-        output = keep({}, settings, Policy())
+        output = store({}, settings, Policy())
     assert httpx.get(output["result_url"]).content == DATA
     assert "X-Amz-Expires=60" in output["result_url"]
 
@@ -98,7 +98,7 @@ def test_a_bucket_that_is_only_partly_set_is_a_warning(caplog: pytest.LogCapture
 
 
 def test_two_results_of_one_job_have_different_names(s3: S3Server) -> None:
-    links = {keep({"s3Config": s3.config})["result_url"].partition("?")[0] for _ in range(2)}
+    links = {store({"s3Config": s3.config})["result_url"].partition("?")[0] for _ in range(2)}
     assert len(links) == 2
 
 
@@ -169,7 +169,7 @@ def test_the_bucket_and_its_region(endpoint: str, name: str, bucket: str, region
 
 
 def test_a_presigned_link_gets_the_result_and_is_returned_without_its_query(links: LinkServer) -> None:
-    output = keep(upload(f"{links.url}/up/1?Signature={SECRET}#part"))
+    output = store(upload(f"{links.url}/up/1?Signature={SECRET}#part"))
     assert output.pop("result_url") == f"{links.url}/up/1"
     assert links.uploads["/up/1"] == DATA
     check_description(output)
@@ -178,7 +178,7 @@ def test_a_presigned_link_gets_the_result_and_is_returned_without_its_query(link
 def test_a_link_that_boto3_presigns_by_default_works(s3: S3Server) -> None:
     """Its signature of the second version covers the content type. moto does not check it; `typeless` below does."""
     link = s3.client.generate_presigned_url("put_object", {"Bucket": BUCKET, "Key": "mine.json"})
-    assert keep(upload(link))["result_url"] == f"{s3.url}/{BUCKET}/mine.json"
+    assert store(upload(link))["result_url"] == f"{s3.url}/{BUCKET}/mine.json"
     assert s3.content_type("mine.json") == "application/json"
 
 
@@ -192,7 +192,7 @@ def test_a_link_that_boto3_presigns_by_default_works(s3: S3Server) -> None:
     ],
 )
 def test_an_upload_is_repeated_where_that_helps(links: LinkServer, path: str, requests: list[str]) -> None:
-    keep(upload(links.url + path))
+    store(upload(links.url + path))
     assert links.requests == [f"PUT {request}" for request in requests]
     assert links.uploads[requests[-1]] == DATA
 
@@ -244,7 +244,7 @@ def test_callers_cannot_send_results_into_the_private_network(links: LinkServer,
 
 
 def test_the_folder_keeps_a_result_under_the_jobs_id(tmp_path: Path) -> None:
-    output = keep({}, Settings(result_folder=str(tmp_path / "results")))
+    output = store({}, Settings(result_folder=str(tmp_path / "results")))
     assert output.pop("result_path") == str(path := tmp_path / "results" / f"{JOB_ID}.json")
     assert path.read_bytes() == DATA
     assert list(path.parent.iterdir()) == [path]
@@ -253,14 +253,14 @@ def test_the_folder_keeps_a_result_under_the_jobs_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("job_id", ["../../etc/passwd", "a/b", "..", "", ".hidden", "x" * 500, "日本"])
 def test_an_unusual_job_id_stays_in_the_folder(tmp_path: Path, job_id: str) -> None:
-    path = Path(keep({"id": job_id}, Settings(result_folder=str(tmp_path)))["result_path"])
+    path = Path(store({"id": job_id}, Settings(result_folder=str(tmp_path)))["result_path"])
     assert path.parent == tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_different_unusual_ids_have_different_files(tmp_path: Path) -> None:
     settings = Settings(result_folder=str(tmp_path))
-    assert len({keep({"id": job_id}, settings)["result_path"] for job_id in ("a/b", "a_b", "a.b")}) == 3
+    assert len({store({"id": job_id}, settings)["result_path"] for job_id in ("a/b", "a_b", "a.b")}) == 3
 
 
 def test_a_folder_that_is_a_file_is_named_with_the_reason(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_each_store_is_tried_once_the_ones_before_have_failed(
     )
     job = {**upload(f"{links.url}/status/403"), "s3Config": {**s3.config, "bucketName": "nowhere"}}
     with caplog.at_level(logging.INFO):
-        assert keep(job, settings)["result_path"]
+        assert store(job, settings)["result_path"]
     stored = [record.getMessage() for record in caplog.records if record.name == "worker.queue.results"]
     assert [line.removeprefix(f"Job {JOB_ID}: its result ").partition(": ")[0] for line in stored] == [
         "cannot be stored. upload_url",
@@ -309,7 +309,7 @@ def test_each_store_is_tried_once_the_ones_before_have_failed(
 
 def test_the_first_store_that_works_is_the_only_one(s3: S3Server, links: LinkServer, tmp_path: Path) -> None:
     before = s3.keys()
-    keep({**upload(f"{links.url}/up/1"), "s3Config": s3.config}, Settings(result_folder=str(tmp_path)))
+    store({**upload(f"{links.url}/up/1"), "s3Config": s3.config}, Settings(result_folder=str(tmp_path)))
     assert (s3.keys(), list(tmp_path.iterdir())) == (before, [])
 
 
@@ -328,7 +328,7 @@ def test_a_job_that_is_cancelled_during_the_upload_stores_nothing(links: LinkSer
     results = Results(Settings(result_folder=str(tmp_path)), OPEN)
 
     async def run() -> None:
-        keeping = asyncio.create_task(results.keep({"id": JOB_ID, **upload(f"{links.url}/slow/1")}, DATA, REFUSAL))
+        keeping = asyncio.create_task(results.store({"id": JOB_ID, **upload(f"{links.url}/slow/1")}, DATA, REFUSAL))
         await asyncio.to_thread(links.arrived.wait)
         keeping.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -346,7 +346,7 @@ def test_a_job_that_is_cancelled_while_its_file_is_written_leaves_no_file(tmp_pa
 
     async def run() -> None:
         keeping = asyncio.create_task(
-            Results(Settings(result_folder=str(tmp_path)), OPEN).keep({"id": JOB_ID}, DATA * 50, REFUSAL)
+            Results(Settings(result_folder=str(tmp_path)), OPEN).store({"id": JOB_ID}, DATA * 50, REFUSAL)
         )
         await asyncio.to_thread(wait_for_the_file)
         keeping.cancel()
@@ -367,7 +367,7 @@ def test_the_s3_library_is_imported_only_for_a_bucket(tmp_path: Path) -> None:
         "from worker.media.fetch import Policy; from worker.queue.results import Results; "
         "from worker.settings import Settings; "
         f"results = Results(Settings(result_folder={str(tmp_path)!r}), Policy()); "
-        "asyncio.run(results.keep({'id': 'a'}, b'x', ResultRefusedError(1))); "
+        "asyncio.run(results.store({'id': 'a'}, b'x', ResultRefusedError(1))); "
         "assert not {'boto3', 'botocore'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

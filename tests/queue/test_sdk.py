@@ -1,8 +1,10 @@
-"""The ids of running jobs in the SDK's pings."""
+"""The SDK's pings: the ids of running jobs, and the connections."""
 
 import pytest
 
-from worker.queue.sdk import PINGED_BYTES, PingedJobs
+from tests.support.local_server import Hello, LocalServer
+from tests.support.proxy import Proxy
+from worker.queue.sdk import PINGED_BYTES, PingedJobs, PingSession
 
 
 @pytest.fixture
@@ -39,3 +41,10 @@ def test_the_turns_go_on_when_jobs_end(pinged: PingedJobs) -> None:
     (first,) = pings(pinged, 1)
     pinged.set(",".join(set(ids) - set(first)))
     assert set(pings(pinged, 1)[0]) == set(ids) - set(first)
+
+
+def test_each_ping_has_a_connection_of_its_own() -> None:
+    with LocalServer(Hello) as server, Proxy(server.server_port) as proxy, PingSession() as session:
+        for _ in range(2):
+            assert session.get(f"http://127.0.0.1:{proxy.port}/", timeout=10).status_code == 200
+        assert proxy.opened == 2

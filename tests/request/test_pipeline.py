@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from tests.support.clock import VirtualLoop, run_on_virtual_clock
 from worker.errors import ENGINE_DIED, LEAVING, LOADING, InvalidRequestError, JobError
 from worker.lifecycle import Lifecycle
 from worker.memory import Budget
@@ -84,14 +85,15 @@ def response_of(app: App) -> tuple[Response, bytes]:
     return asyncio.run(fetch(app))
 
 
+async def ignore(_message: Any) -> None:
+    """Ignore a part of a response."""
+
+
 def call(app: App, receive: Receive | None = None) -> None:
     """Call an app without `exchange`, so that its exceptions reach the test. Ignore its response."""
 
-    async def send(_message: Any) -> None:
-        """Ignore a part of the response."""
-
     async def run() -> None:
-        await app(request().scope(), receive or Response(request()).receive, send)
+        await app(request().scope(), receive or Response(request()).receive, ignore)
 
     asyncio.run(run())
 
@@ -192,6 +194,26 @@ def test_the_time_limit_begins_when_the_body_is_complete() -> None:
         return await body()
 
     call(TimeLimit(BodyBudget(answering(b"{}"), Budget(100)), ready(), 0.2), slow_upload)
+
+
+def test_the_time_in_which_the_worker_was_frozen_does_not_count() -> None:
+    lifecycle = ready()
+
+    async def app(_scope: Any, receive: Receive, _send: Send) -> None:
+        await receive()
+        await asyncio.sleep(10)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.jump(3600)
+        lifecycle.resumes.resumed(3600)
+        await receive()
+
+    async def run() -> float:
+        with pytest.raises(JobError, match="REQUEST_TIMEOUT=60"):
+            await TimeLimit(app, lifecycle, 60)(request().scope(), Response(request()).receive, ignore)
+        return asyncio.get_running_loop().time()
+
+    assert run_on_virtual_clock(run()) == pytest.approx(3660, abs=1)
 
 
 def test_no_request_begins_once_the_worker_ends_its_requests() -> None:

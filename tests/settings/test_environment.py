@@ -99,3 +99,22 @@ def test_the_file_sets_variables_of_other_programs(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     environment.prepare(read({"VLLM_CONFIG_FILE": str(file)}))
     assert (os.environ["HF_HOME"], os.environ["VLLM_CACHE_ROOT"]) == ("/models/hf", "/cache")
+
+
+def test_the_nodes_of_a_cluster_use_the_interface_of_the_cluster() -> None:
+    environment.use_interface("ens1", "10.0.0.2")
+    assert os.environ["VLLM_HOST_IP"] == "10.0.0.2"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ens1"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=ens1"
+
+
+def test_an_interface_that_the_user_has_chosen_stays() -> None:
+    os.environ["NCCL_SOCKET_IFNAME"] = "ens"
+    environment.use_interface("ens1", "10.0.0.2")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ens"
+
+
+def test_the_users_interface_may_be_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("gloo-socket-ifname: ens2\n")
+    assert prepared(VLLM_CONFIG_FILE=str(file))["GLOO_SOCKET_IFNAME"] == "ens2"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from worker.cluster.role import Role
 from worker.errors import ConfigurationError
 from worker.settings import read, read_or_report
 from worker.settings.sources import DEFAULT_MODEL
@@ -219,3 +220,52 @@ def test_a_mistake_leaves_the_key_in_force_whatever_it_is_called(mistake: dict[s
 def test_the_password_of_a_url_is_not_public() -> None:
     public = read({"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:pass@host/"}).public()
     assert public["otel_exporter_otlp_endpoint"] == "https://***@host/"
+
+
+CLUSTER = {"NUM_NODES": "2", "NODE_RANK": "1", "PRIMARY_ADDR": "10.0.0.1", "CLUSTER_KEY": "s3cret", "MODEL_NAME": "o/m"}
+
+
+def test_the_settings_of_a_follower() -> None:
+    """It has the ports of HTTP, whatever the mode."""
+    settings = read({**CLUSTER, "WORKER_MODE": "queue", "NUM_TRAINERS": "8"})
+    assert settings.role == Role(1, 2, "10.0.0.1", None, 8, 29501)
+    assert (settings.is_follower, settings.ports) == (True, (8000,))
+    assert (settings.cluster_port, settings.cluster_timeout, settings.cluster_key) == (29560, 600, "s3cret")
+    assert settings.variables.warnings == ()
+    assert "s3cret" not in repr(settings)
+
+
+def test_a_single_machine_has_no_role() -> None:
+    settings = read({**CLUSTER, "NUM_NODES": "1"})
+    assert (settings.role, settings.is_follower, settings.ports) == (None, False, ())
+
+
+def test_a_cluster_without_any_key_causes_a_warning() -> None:
+    (warning,) = read({**CLUSTER, "CLUSTER_KEY": ""}).variables.warnings
+    assert warning.startswith("CLUSTER_KEY is not set: any machine that reaches CLUSTER_PORT can join the cluster.")
+    assert read({**CLUSTER, "CLUSTER_KEY": "", "WORKER_API_KEY": "k"}).variables.warnings == ()
+
+
+def test_mistakes_of_a_cluster_are_reported_with_the_others_and_to_callers(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("nnodes: two\n")
+    _, error = read_or_report({"VLLM_CONFIG_FILE": str(file), "MAX_QUEUE": "x", "CLUSTER_PORT": "0x"})
+    assert [line.partition("=")[0] for line in str(error).splitlines()] == [
+        "MAX_QUEUE",
+        "CLUSTER_PORT",
+        "NNODES (config.yaml)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "is_mistake"),
+    [
+        pytest.param({"TENSOR_PARALLEL_SIZE": "8", "PIPELINE_PARALLEL_SIZE": "3"}, True, id="too many GPUs"),
+        pytest.param({"TENSOR_PARALLEL_SIZE": "8", "PIPELINE_PARALLEL_SIZE": "2"}, False, id="as many as there are"),
+        pytest.param({"TENSOR_PARALLEL_SIZE": "auto"}, False, id="left to the worker"),
+        pytest.param({"PRESET": "qwen2.5-vl-72b"}, False, id="a preset"),
+    ],
+)
+def test_sizes_that_do_not_match_the_nodes_are_a_mistake(more: dict[str, str], *, is_mistake: bool) -> None:
+    _, error = read_or_report({**CLUSTER, "NUM_TRAINERS": "8", **more})
+    assert ("2 nodes with 8 GPUs" in str(error)) is is_mistake

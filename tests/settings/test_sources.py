@@ -135,7 +135,32 @@ def test_values_are_not_shown() -> None:
     assert "s3cret" not in repr(collect({"HF_TOKEN": "s3cret"}))
 
 
-def test_variables_of_a_cluster_count_only_if_nnodes_is_set() -> None:
-    cluster = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
-    assert not cluster.keys() & collect(cluster).values.keys()
-    assert collect({**cluster, "NNODES": "2"}).values["NODE_RANK"] == "1"
+CLUSTER = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
+
+
+@pytest.mark.parametrize(
+    ("more", "file", "count"),
+    [
+        pytest.param({}, "", False, id="no number of machines"),
+        pytest.param({"NUM_NODES": "1"}, "", False, id="one machine"),
+        pytest.param({"NNODES": ""}, "", False, id="an empty number"),
+        pytest.param({"NNODES": "2"}, "", True, id="vLLM's name"),
+        pytest.param({"NUM_NODES": "2"}, "", True, id="RunPod's name"),
+        pytest.param({}, "nnodes: 2", True, id="vLLM's name in the file"),
+    ],
+)
+def test_variables_of_a_cluster_count_only_with_several_machines(
+    tmp_path: Path, more: dict[str, str], file: str, *, count: bool
+) -> None:
+    if file:
+        (tmp_path / "config.yaml").write_text(file)
+        more = {"VLLM_CONFIG_FILE": str(tmp_path / "config.yaml")}
+    values = collect({**CLUSTER, **more}).values
+    assert CLUSTER.keys() & values.keys() == (CLUSTER.keys() if count else set())
+
+
+def test_variables_of_runpods_clusters_are_no_misspelt_settings() -> None:
+    names = "PRIMARY_ADDR PRIMARY_PORT NODE_ADDR NUM_NODES NUM_TRAINERS HOST_NODE_ADDR WORLD_SIZE GLOO_SOCKET_IFNAME"
+    variables = collect({**CLUSTER, **dict.fromkeys(names.split(), "2")})
+    known = {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "CLUSTER_PORT", "CLUSTER_KEY", "CLUSTER_TIMEOUT"}
+    assert near_misses(variables, known) == []

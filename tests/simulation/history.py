@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tests.simulation.engine import Engine
-from tests.simulation.plan import JobPlan, Plan
-from worker.queue.handler import Handler, Job, Output
+from tests.simulation.plan import BatchPlan, Plan, RequestPlan
+from worker.queue.handler import Handler, Job
+from worker.queue.outputs import Output
 from worker.request import sse
+from worker.request.pipeline import Pipeline
 from worker.telemetry.usage import Usage, current_usage
 
 CANCEL_SECONDS = 1.0
@@ -99,44 +101,52 @@ class Run:
 class History:
     """Records events, and collects violations of the invariants."""
 
-    def __init__(self, plan: Plan, engine: Engine, most: int, room: Callable[[], int], stopping: asyncio.Event) -> None:
+    def __init__(
+        self, plan: Plan, engine: Engine, most: int, pipeline: Pipeline, lines_in_engine: Callable[[], int]
+    ) -> None:
         self.plan = plan
-        self._stopping = stopping
+        self._batches = plan.batches
+        self._stopping = pipeline.lifecycle.stopping
         self._stopped_at = float("inf")
-        self.violations: list[str] = []
         self.active: set[str] = set()
         """The jobs that run in the worker, by its own account. It adds and removes them."""
         self.changed = asyncio.Event()
         self._engine = engine
+        self._lines = engine.lines
+        self.violated = engine.lines.violated
         self._runs: list[Run] = []
         self._latest: dict[str, Run] = {}
         self._arrivals: list[tuple[str, float]] = []
         self._most = most
-        self._room = room
+        self._room = pipeline.memory.room
+        self._lines_in_engine = lines_in_engine
         self._idle_stop_poll = self._too_many_requests = float("-inf")
 
     @property
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def violated(self, text: str) -> None:
-        self.violations.append(f"at {self.now:.3f} s: {text}")
-
     def stops(self) -> None:
         """The worker is stopped."""
         self._stopped_at = min(self._stopped_at, self.now)
+        self._stopping.set()
 
     # ---- The worker's account of its jobs
 
     def add(self, job_id: str) -> None:
         self.active.add(job_id)
-        if len(self.active) > self._most:
+        # One batch runs beside the other jobs.
+        if len(self.active) > self._most + bool(self.active & self._batches.keys()):
             self.violated(f"{len(self.active)} jobs for {self._most} places")
 
     def remove(self, job_id: str) -> None:
         self.active.remove(job_id)
         if run := self._latest.get(job_id):
             run.ended = min(run.ended, self.now)
+            if job_id in self._batches:
+                is_cancelled = run.stopped is not None and run.ended < self._over
+                at = min(run.ended if run.stopped is None else run.stopped, self._over)
+                self._lines.run_ended(job_id, at, is_cancelled=is_cancelled)
         self.changed.set()
 
     def handler(self, handler: Handler) -> Handler:
@@ -156,6 +166,11 @@ class History:
 
         return recorded
 
+    @property
+    def begun_batches(self) -> dict[str, BatchPlan]:
+        """The batches of which any run began."""
+        return {job_id: batch for job_id, batch in self._batches.items() if job_id in self._latest}
+
     # ---- The platform's account of what it sends and gets
 
     def arrived(self, job_id: str) -> None:
@@ -164,14 +179,17 @@ class History:
 
     def asked(self, most: int) -> None:
         """The worker asks for jobs."""
-        load, starting = self._engine.load(), sum(run.is_starting for run in self._runs)
-        places = load.capacity + load.capacity // 16
+        load = self._engine.callers_load()
+        starting = sum(run.is_starting for run in self._runs if run.job_id not in self._batches)
+        # The worker counts a line until its answer is written, which is a moment after it has left the engine.
+        elsewhere = self._lines_in_engine() - self._engine.lines_running_or_waiting
+        places = load.capacity + load.capacity // 16 + elsewhere
         if starting + load.requests + most > places:
             self.violated(f"the worker hoards: {starting}, {load.requests} and {most} jobs for {places} places")
         batch = self.plan.settings["job_batch_size"]
         if most > batch or starting + most > 2 * batch:
             self.violated(f"the worker asked for {most} jobs while {starting} are on their way")
-        if load.waiting or load.kv_cache >= 0.9:
+        if load.waiting > elsewhere or (load.kv_cache >= 0.9 and not elsewhere):
             self.violated("the worker asked for jobs while its engine is full")
         if most > self._room():
             self.violated("the worker asked for jobs for which there is no memory")
@@ -204,7 +222,7 @@ class History:
             call_later(CANCEL_SECONDS, call_later, CANCEL_SECONDS, self._check_cancelled, run)
 
     def _check_cancelled(self, run: Run) -> None:
-        if run.job_id in self._engine.requests and self._latest[run.job_id] is run:
+        if self._engine.has_requests_of(run.job_id) and self._latest[run.job_id] is run:
             self.violated(f"the engine still has a request of {run.job_id}, which was stopped at {run.stopped:.3f} s")
 
     def posts(self, job_id: str, route: str, value: dict[str, Any]) -> Post:
@@ -217,6 +235,10 @@ class History:
             self.violated(f"a post for {job_id}, which was stopped at {run.stopped:.3f} s")
         if run.is_unknown and run.posts[-1].route == "stream":
             self.violated(f"a post for {job_id}, which the platform has forgotten")
+        if route == "progress":
+            if run.of("done"):
+                self.violated(f"a post of the progress of {job_id}, which has ended")
+            return post
         self._check_order(run, post)
         run.posts.append(post)
         return post
@@ -265,7 +287,8 @@ class History:
             return True
         is_over = run.ended >= self._over
         if not run.posts:
-            return is_over and self.plan.settings["unfinished_jobs"] == "leave"
+            may_leave = self.plan.settings["unfinished_jobs"] == "leave" or self._lines.is_kept(run.job_id)
+            return is_over and may_leave
         last = run.posts[-1]
         if last.verdict == "refused" or run.is_unknown:
             # Only the refusal of an error is final.
@@ -284,10 +307,14 @@ class History:
                 self.violated(f"the parts of {run.job_id} are not the beginning of its result")
             if len(parts) < len(result) and not run.of("stream", "refused"):
                 self.violated(f"{run.job_id} has a result with more parts than its stream")
-        planned = next(job for job in self.plan.jobs if job.job_id == run.job_id)
+        planned = next(job.work for job in self.plan.jobs if job.job_id == run.job_id)
         has_error = not results or _has_error(results[-1])
         if has_error and self._must_succeed(run, planned):
             self.violated(f"{run.job_id} failed without a reason")
+        if isinstance(planned, BatchPlan):
+            for result in results:
+                self._lines.check_result(planned, result[0])
+            return
         numbers = _numbers(results[-1] if results else parts)
         if planned.form == "value":
             if not has_error and numbers != [planned.events]:
@@ -298,16 +325,23 @@ class History:
         if not has_error and len(numbers) < planned.events:
             self.violated(f"the result of {run.job_id} is incomplete")
 
-    def _must_succeed(self, run: Run, planned: JobPlan) -> bool:
+    def _must_succeed(self, run: Run, planned: RequestPlan | BatchPlan) -> bool:
         """Return whether nothing has happened that may fail a job."""
         done = run.of("done")
         is_disturbed = any(post.verdict in ("refused", "unknown") for post in run.posts) or run.stopped is not None
-        is_limited = self.plan.settings["request_timeout"] is not None
-        may_fail = planned.ending != "complete" or planned.form == "invalid"
+        if not done or is_disturbed:
+            return False
+        if self._lines.is_kept(run.job_id):
+            return True
+        return done[0].sent < self._over and (isinstance(planned, BatchPlan) or not self._may_fail(run, planned))
+
+    def _may_fail(self, run: Run, planned: RequestPlan) -> bool:
+        """Return whether a request may fail."""
         # A job that runs again does not wait for memory.
         is_again = next(each for each in self._runs if each.job_id == run.job_id) is not run
-        may_fail = may_fail or (is_again and self._room() < 2)
-        return bool(done) and done[0].sent < self._over and not (is_disturbed or is_limited or may_fail)
+        is_short_of_memory = is_again and self._room() < 2
+        is_limited = self.plan.settings["request_timeout"] is not None
+        return is_limited or is_short_of_memory or planned.ending != "complete" or planned.form == "invalid"
 
 
 def _events(output: list[Any]) -> list[Any]:

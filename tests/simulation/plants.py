@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from worker.batch.journal import Journal
 from worker.errors import ResultRefusedError
 from worker.queue.delivery import Delivery
 from worker.queue.places import Places
@@ -68,6 +69,11 @@ def _leaked_task(patch: Patch) -> None:
     patch.setattr(Delivery, "part", unstoppable)
 
 
+def _forgotten_journal(patch: Patch) -> None:
+    """A batch that goes on does not read what an earlier run has written."""
+    patch.setattr(Journal, "_catch_up", lambda _: None)
+
+
 PLANTS: Mapping[str, Callable[[Patch], None]] = MappingProxyType(
     {
         "hole": _hole,
@@ -75,6 +81,7 @@ PLANTS: Mapping[str, Callable[[Patch], None]] = MappingProxyType(
         "lost refusal": _lost_refusal,
         "hoarding": _hoarding,
         "leaked task": _leaked_task,
+        "forgotten journal": _forgotten_journal,
     }
 )
 

@@ -155,6 +155,7 @@ class SimulatedPlatform:
         """See `Transport`."""
         route, _, rest = url.partition("/")
         job_id, value = rest.partition("?")[0], json.loads(body)
+        route = "progress" if route == "done" and url.endswith("&isStream=false") else route
         post = self._history.posts(job_id, route, value)
         try:
             post.status = await self._ask(lambda: self._posted(self._jobs[job_id], route))
@@ -223,7 +224,7 @@ class SimulatedPlatform:
         await self._travel(self._plan.latency)
         if not given:
             return Answer(self._rng.choice((200, 204, 400)))
-        jobs = [{"id": job.plan.job_id, "input": job.plan.input} for job in given]
+        jobs = [{"id": job.plan.job_id, "input": job.plan.work.input} for job in given]
         return Answer(200, json.dumps(jobs if batch > 1 else jobs[0]).encode())
 
     def _lose(self, given: list[_Job]) -> None:

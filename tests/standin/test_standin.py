@@ -563,6 +563,19 @@ def test_the_connections_of_posts_are_counted(direct: DirectCalls) -> None:
     assert direct.get("records")["post_connections"] == 3
 
 
+def test_the_status_shows_the_progress_of_a_job_until_it_ends(direct: DirectCalls) -> None:
+    job_id = direct.run()
+    direct.take()
+    direct.send("done", job_id, '{"status": "IN_PROGRESS", "output": {"percent": 50}}')
+    report = direct.get(f"status/{job_id}")
+    assert (report["status"], report["output"]) == ("IN_PROGRESS", {"percent": 50})
+    direct.send("done", job_id, '{"output": ["end"]}')
+    direct.send("done", job_id, '{"status": "IN_PROGRESS", "output": {"percent": 99}}')
+    assert direct.get(f"status/{job_id}")["output"] == ["end"]
+    records = direct.server.platform.records
+    assert (records.progress_posts, records.done_posts) == (2, 1)
+
+
 def test_an_outage_resets_workers_and_ends_by_itself(direct: DirectCalls) -> None:
     job_id = direct.run()
     outage = direct.server.outage(1)

@@ -14,9 +14,9 @@ def main(port: int, folder: Path) -> int:
     """Run the worker until it is stopped."""
     import uvicorn
 
-    import handler
     from worker import modes
     from worker.http.gate import Gate
+    from worker.main import configure
     from worker.request.asgi import App
     from worker.settings import environment, read_or_report
     from worker.worker import Worker
@@ -36,7 +36,7 @@ def main(port: int, folder: Path) -> int:
             return app
 
     settings, problem = read_or_report(environment.read())
-    handler.configure(settings, folder)
+    configure(settings, folder)
     return modes.run(modes.QueueMode(BothWays(settings, folder / "cause.txt")), problem)
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from typing import Any, Self
 
 
 class LocalServer(ThreadingHTTPServer):
@@ -24,3 +24,18 @@ class LocalServer(ThreadingHTTPServer):
     def __exit__(self, *args: object) -> None:
         self.shutdown()
         self.server_close()
+
+
+class Hello(BaseHTTPRequestHandler):
+    """Answers every request with "hello", and keeps its connection open."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "5")
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""

@@ -1,5 +1,6 @@
 """The log line and the metrics of a job. The metrics are read with Prometheus' own parser."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from worker.resume import Resumes
 from worker.telemetry.jobs import MAX_ADAPTERS, Telemetry, outcome_of
 from worker.telemetry.usage import EngineUsage, Fetch, Usage, current_usage
 
@@ -153,3 +155,52 @@ def test_downloads_and_rejected_media_are_counted() -> None:
 def test_the_engine_finds_the_usage_of_the_job_in_its_context() -> None:
     with Telemetry("m", CollectorRegistry()).job("job-1", "/tokenize", {}) as record:
         assert current_usage.get() is record.usage
+
+
+def test_a_line_of_a_batch_is_counted_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    telemetry = Telemetry("m", CollectorRegistry())
+    with caplog.at_level(logging.INFO), telemetry.job("batch_req_a_1", "/tokenize", {}, is_line=True) as record:
+        assert (telemetry.running, telemetry.lines, telemetry.lines_in_engine) == (1, 1, 0)
+        record.usage.add(EngineUsage)
+        assert telemetry.lines_in_engine == 1
+        assert telemetry.quiet_seconds == float("inf")
+        record.ended_with(200)
+    assert not caplog.records
+    assert samples(telemetry)["worker_jobs_total['/tokenize', 'ok', 'text']"] == 1
+
+
+def test_other_jobs_end_the_quiet_time_for_batches() -> None:
+    telemetry = Telemetry("m", CollectorRegistry())
+    with telemetry.job("job-1", "/tokenize", {}):
+        assert telemetry.quiet_seconds == 0
+    assert 0 <= telemetry.quiet_seconds < 60
+
+
+def test_the_metrics_of_the_batch_that_runs() -> None:
+    telemetry = Telemetry("m", CollectorRegistry())
+    telemetry.batches.current = {"total": None, "status": "starting"}
+    telemetry.batches.ended(completed=3, failed=1)
+    values = samples(telemetry)
+    assert (values["worker_batch_total[]"], values["worker_batch_lines_total['failed']"]) == (0, 1)
+    telemetry.batches.current = {"total": 10, "done": 4, "seconds_left": 60}
+    values = samples(telemetry)
+    names = ("total", "done", "seconds_left")
+    assert [values[f"worker_batch_{name}[]"] for name in names] == [10, 4, 60]
+
+
+def test_the_time_in_which_the_worker_was_frozen_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        # The freeze begins now.
+        resumes = Resumes(lambda: time.time() + 60)
+        telemetry = Telemetry("m", CollectorRegistry(), resumes=resumes)
+        with caplog.at_level(logging.INFO), telemetry.job("job-1", "/tokenize", {}) as record:
+            await asyncio.sleep(0.3)
+            resumes.resumed(60)
+            resumes.frozen_seconds -= 60  # The clock of this test has not jumped.
+            record.usage.add(request(first_token_at=time.time() + 60, completion_tokens=2))
+        line = vars(caplog.records[-1])
+        assert 0.29 <= line["ttft_seconds"] < 60
+        assert 0.29 <= line["total_seconds"] < 60
+        assert samples(telemetry)["worker_resumes_total[]"] == 1
+
+    asyncio.run(run())

@@ -2,11 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import vllm
 import vllm.config
 from annotated_types import BaseMetadata
@@ -23,11 +23,13 @@ from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from worker import redaction
+from worker.cluster.sizes import TENSOR, Sizes
 from worker.engine import parallelism
 from worker.engine.adapters import keep_slot_free
 from worker.engine.startup_errors import VLLM_ERRORS, one_line
 from worker.engine.versions import configure_logging_from_args, load_chat_template
 from worker.errors import ConfigurationError, Json, StartupError
+from worker.model import fit
 from worker.model.fit import Plan
 from worker.settings import Settings, flags, legacy, sources
 
@@ -44,8 +46,6 @@ SERVER_FLAGS = frozenset(
 vLLM's app, and `enable_flash_late_interaction` configures how it computes scores."""
 SWITCHES = {"tool_call_parser": "enable_auto_tool_choice", "lora_modules": "enable_lora", "lora_allow": "enable_lora"}
 """Flags, and settings of the worker, that have no effect without a flag, their switch."""
-NOT_COMPILED = ("served_model_name", "logging_config", "load_format", "gpu_memory_utilization")
-"""Arguments that do not change the compiled code."""
 IMAGE_LIMIT = 100
 """Images per request where neither the user nor a preset sets a limit, and the model allows more. vLLM's own is 999."""
 
@@ -107,6 +107,7 @@ def parse_arguments(settings: Settings) -> argparse.Namespace:
         raise ConfigurationError(f"VLLM_EXTRA_ARGS: {_without_values(one_line(error), settings)}") from error
     except VLLM_ERRORS as error:
         raise ConfigurationError(_without_values(one_line(error), settings)) from error
+    parallelism.check(args, settings, parallelism.visible_gpus())
     _set_media_limits(args, settings)
     args.otlp_traces_endpoint = settings.otlp_traces_endpoint
     # The worker checks keys itself. With None, vLLM would use a key from the environment.
@@ -157,7 +158,7 @@ def mistakes(settings: Settings) -> list[str]:
 
 def _command_line(settings: Settings, parser: argparse.ArgumentParser) -> list[str]:
     variables = settings.variables
-    skipped = parallelism.VARIABLE if parallelism.is_auto(settings) else None
+    skipped = TENSOR if parallelism.is_auto(settings) else None
     values = {name: value for name, value in variables.values.items() if name != skipped}
     return flags.arguments(values, parser, SERVER_FLAGS, variables.described)
 
@@ -182,8 +183,22 @@ def _set_media_limits(args: argparse.Namespace, settings: Settings) -> None:
         args.media_io_kwargs = {**args.media_io_kwargs, "video": video}
 
 
-def place(args: argparse.Namespace, settings: Settings, folders: Mapping[str, Path]) -> None:
-    """Replace the names of repositories in `args` by their folders, and choose the number of GPUs for the model."""
+def place(
+    args: argparse.Namespace,
+    settings: Settings,
+    folders: Mapping[str, Path],
+    gpus: Sequence[Json] = (),
+    addresses: Mapping[int, str] = parallelism.NO_ADDRESSES,
+) -> Sizes | None:
+    """Replace the names of repositories in `args` by their folders, and choose how the model is divided among GPUs.
+
+    Return how it is divided among the nodes of a cluster; None on a single machine.
+
+    `gpus` are this machine's, with their `memory` and `free` memory. `addresses` are those of the cluster's nodes.
+
+    Raises:
+        ConfigurationError: the sizes do not match the machines.
+    """
 
     def placed(name: Any) -> Any:
         return str(folders[name]) if name in folders else name
@@ -195,7 +210,16 @@ def place(args: argparse.Namespace, settings: Settings, folders: Mapping[str, Pa
             setattr(args, field, {name: placed(value) for name, value in values.items()})
     for adapter in args.lora_modules or ():
         adapter.path = placed(adapter.path)
-    parallelism.set_tensor_parallelism(args, settings, parallelism.visible_gpus())
+
+    def fits(tensor: int, pipeline: int) -> bool | None:
+        if (planned := plan(args)) is None or not gpus:
+            return None
+        sizes = replace(planned, tensor=tensor, pipeline=pipeline, nodes=-(-tensor * pipeline // len(gpus)))
+        # All nodes must come to the same result, whatever else has memory on them.
+        estimate = fit.estimated(Path(args.model), sizes, [{**gpu, "free": gpu["memory"]} for gpu in gpus])
+        return None if estimate is None else estimate.fits
+
+    return parallelism.divide(args, settings, parallelism.visible_gpus(), fits, addresses)
 
 
 def remarks(settings: Settings) -> list[str]:
@@ -234,13 +258,6 @@ def _without_effect(settings: Settings, of_worker: set[str]) -> Iterator[str]:
             yield f"{variables.described(variable) if is_set else name} has no effect: {reason}."
 
 
-def compile_inputs(args: argparse.Namespace) -> Json:
-    """Return what vLLM's compiled code depends on, apart from what vLLM's own cache keys add."""
-    arguments = {name: value for name, value in changed(args).items() if name not in NOT_COMPILED}
-    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
-    return {**versions, "model": args.model, "arguments": arguments}
-
-
 def plan(args: argparse.Namespace) -> Plan | None:
     """Return the arguments from which the memory on each GPU can be estimated.
 
@@ -259,6 +276,7 @@ def plan(args: argparse.Namespace) -> Plan | None:
         max_model_len=0 if args.max_model_len == -1 else args.max_model_len,
         dtype=str(args.dtype),
         cache_dtype=str(args.kv_cache_dtype),
+        nodes=max(args.nnodes // args.data_parallel_size, 1),
     )
 
 

@@ -1,9 +1,10 @@
 """vLLM's client, which also adds each request to the usage of its job, and sends its tokens at the job's pace."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -31,6 +32,15 @@ class Client(AsyncLLM):
     @cached_property
     def _grammars(self) -> Grammars:
         return Grammars(self)
+
+    @cached_property
+    def _aborts(self) -> "Aborts":
+        return Aborts(self.engine_core.abort_requests_async)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Abort requests, in one message with all others that are aborted just now."""
+        ids = [request_id] if isinstance(request_id, str) else [*request_id]
+        await self._aborts.send(self.output_processor.abort_requests(ids, internal))
 
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
@@ -68,11 +78,11 @@ class Monitor:
     """What the engine reports with its outputs: that it is alive, and its load."""
 
     def __init__(self, client: AsyncLLM) -> None:
-        self.silent_seconds = 0.0
-        """How long the engine has had unfinished requests without sending anything, not even statistics."""
         self.reported = asyncio.Event()
         """Set at every output. Whoever waits for it clears it."""
         self._client = client
+        self._silence: dict[int, float] = {}
+        """How long each data-parallel engine has had requests without sending anything, not even statistics."""
         self._stats: dict[int, SchedulerStats] = {}
         """The last statistics of each data-parallel engine."""
         self._get = client.engine_core.get_output_async
@@ -80,7 +90,7 @@ class Monitor:
 
     async def _get_and_note(self) -> EngineCoreOutputs:
         outputs: EngineCoreOutputs = await self._get()
-        self.silent_seconds = 0.0
+        self._silence[outputs.engine_index] = 0.0
         if outputs.scheduler_stats:
             self._stats[outputs.engine_index] = outputs.scheduler_stats
         self.reported.set()
@@ -88,8 +98,20 @@ class Monitor:
 
     def add(self, seconds: float) -> None:
         """Count the seconds that have passed. A clock would also count the time while the whole worker is frozen."""
-        unfinished = self._client.output_processor.has_unfinished_requests()
-        self.silent_seconds = self.silent_seconds + seconds if unfinished else 0.0
+        for engine, requests in enumerate(self._requests()):
+            self._silence[engine] = self._silence.get(engine, 0.0) + seconds if requests else 0.0
+
+    def longest_silence(self) -> tuple[int, float]:
+        """Return the engine that has been silent for longest, and for how many seconds."""
+        return max(self._silence.items(), key=itemgetter(1), default=(0, 0.0))
+
+    def _requests(self) -> list[int]:
+        """Return how many requests each engine has. Those that were just aborted may be included."""
+        core: Any = self._client.engine_core
+        unfinished = self._client.output_processor.get_num_unfinished_requests()
+        if not hasattr(core, "engine_inflight"):
+            return [unfinished]
+        return [min(core.engine_inflight[name], unfinished) for name in core.core_engines]
 
     def load(self) -> EngineLoad:
         """Return the engine's load. With DISABLE_LOG_STATS, requests beyond its capacity count as waiting."""
@@ -118,6 +140,31 @@ class _Collector(RequestOutputCollector):
         super().put(output)
         if isinstance(output, RequestOutput) and output.finished and output.outputs:
             self.finish_reason = output.outputs[-1].finish_reason
+
+
+class Aborts:
+    """Sends the ids of requests that are aborted in the same moment together: the end of a batch aborts hundreds.
+
+    One message for each would keep the engine's process busy for seconds.
+    """
+
+    def __init__(self, send: Callable[[list[str]], Awaitable[None]]) -> None:
+        self._send = send
+        self._ids: list[str] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def send(self, ids: Iterable[str]) -> None:
+        """Return once the ids were sent. They are sent also if this is cancelled."""
+        self._ids += ids
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_all())
+        await asyncio.shield(self._sending)
+
+    async def _send_all(self) -> None:
+        # Those that are aborted in the same moment come before this.
+        await asyncio.sleep(0)
+        ids, self._ids, self._sending = self._ids, [], None
+        await self._send(ids)
 
 
 class PacedCollector(_Collector):

@@ -9,17 +9,14 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-import vllm
 from starlette.applications import Starlette
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from worker import race
-from worker.engine import media_errors, patches, pooling, speech, validation
+from worker.engine import description, media_errors, patches, pooling, speech, validation
 from worker.engine.adapters import Adapters
-from worker.engine.arguments import changed
 from worker.engine.client import Monitor
 from worker.engine.connector import OPENCV, Guard
 from worker.engine.documents import rewriting_documents
@@ -90,9 +87,25 @@ class Engine:
         return self._monitor.load()
 
     @property
+    def has_priorities(self) -> bool:
+        """Whether requests are scheduled by their priority (`SCHEDULING_POLICY=priority`)."""
+        return bool(self._client.vllm_config.scheduler_config.policy == "priority")
+
+    @property
     def is_dead(self) -> bool:
         """Whether the engine cannot answer any more."""
-        return self._liveness.should_exit or self._client.errored or self._monitor.silent_seconds > self._stall_seconds
+        return self._liveness.should_exit or self._client.errored or self._stalled_engine is not None
+
+    @property
+    def _stalled_engine(self) -> str | None:
+        """The engine that counts as dead because of its silence, in words; None: there is none."""
+        engine, seconds = self._monitor.longest_silence()
+        if seconds <= self._stall_seconds:
+            return None
+        parallel = self._client.vllm_config.parallel_config
+        node = engine // parallel.data_parallel_size_local * parallel.nnodes_within_dp
+        place = f" on node {node}" if parallel.nnodes > 1 else ""
+        return f"engine {engine}{place}" if parallel.data_parallel_size > 1 else "the engine"
 
     async def died(self) -> None:
         """Wait until the engine is dead, or has been silent for ENGINE_STALL_TIMEOUT although requests wait."""
@@ -101,8 +114,10 @@ class Engine:
             self._monitor.add(DEATH_CHECK_SECONDS)
         # An engine that resumes after its silence stays dead: its requests have failed.
         self._liveness.should_exit = True
-        if self._monitor.silent_seconds > self._stall_seconds:
-            log.error("The engine has been silent for %.0f s while requests wait", self._monitor.silent_seconds)
+        if (stalled := self._stalled_engine) is not None:
+            log.error(
+                "ENGINE_STALL_TIMEOUT: %s has been silent for %.0f s while requests wait", stalled, self._stall_seconds
+            )
 
     @property
     def link_policy(self) -> Policy:
@@ -190,21 +205,7 @@ class Engine:
 
     def describe(self) -> Json:
         """Return facts about the model and how it runs, for `/info`."""
-        config = self._client.vllm_config
-        model, parallel = config.model_config, config.parallel_config
-        return {
-            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
-            "served_names": self._args.served_model_name,
-            "max_model_len": model.max_model_len,
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "quantization": model.quantization,
-            "media_limits": self._media_limits,
-            "tensor_parallel_size": parallel.tensor_parallel_size,
-            "pipeline_parallel_size": parallel.pipeline_parallel_size,
-            "data_parallel_size": parallel.data_parallel_size,
-            "arguments": changed(self._args),
-        }
+        return {**description.of_engine(self._client.vllm_config, self._args), "media_limits": self._media_limits}
 
     def shutdown(self) -> None:
         """End the engine's processes."""

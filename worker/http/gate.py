@@ -17,11 +17,12 @@ from worker.errors import (
     HostNotAllowedError,
     JobError,
     MethodNotAllowedError,
+    NotHeadError,
     RouteNotFoundError,
     UnauthorizedError,
     UnavailableError,
 )
-from worker.http import cors, hosts, playground
+from worker.http import batch_routes, cors, hosts, playground
 from worker.http.own_routes import OwnRoutes
 from worker.http.protocol import REFUSED
 from worker.lifecycle import Lifecycle
@@ -52,6 +53,7 @@ class Gate:
         settings: Settings,
         pipeline: Pipeline,
         *,
+        batches: App = batch_routes.off,
         body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._own_routes = own_routes
@@ -59,6 +61,7 @@ class Gate:
         self._telemetry = telemetry
         self._settings = settings
         self._pipeline = pipeline
+        self._batches = batches
         self._body_seconds = body_seconds
         self._serves_engine = settings.mode == "http"
         self._keys = [(key.encode(), name) for key, name in settings.api_keys.items()]
@@ -127,6 +130,11 @@ class Gate:
             return self._own_routes.app
         if self._lifecycle.state == "refused":
             raise self._lifecycle.error()
+        if (role := self._settings.role) is not None and role.is_follower:
+            raise NotHeadError(str(role), role.head)
+        if self._serves_engine and batch_routes.is_batch_route(path):
+            # These need no engine. They limit their bodies themselves.
+            return self._batches
         self._check_route(method, path)
         self._check_open()
         limit, declared = self._settings.max_request_bytes, header(scope, b"content-length")
@@ -141,10 +149,15 @@ class Gate:
         # Anthropic's clients send x-api-key, and so do callers who need the other header for RunPod's key.
         given = (bearer.strip() if scheme.lower() == b"bearer" else b"", header(scope, b"x-api-key"))
         # Every pair is compared, so that the time does not reveal how much of a key is right.
-        names = [name for key, name in self._keys for candidate in given if hmac.compare_digest(key, candidate)]
-        if not names:
+        found = [
+            (index, name)
+            for index, (key, name) in enumerate(self._keys)
+            for candidate in given
+            if hmac.compare_digest(key, candidate)
+        ]
+        if not found:
             raise UnauthorizedError
-        scope["state"][KEY_NAME] = names[0]
+        scope["state"][batch_routes.KEY_INDEX], scope["state"][KEY_NAME] = found[0]
 
     def _check_route(self, method: str, path: str) -> None:
         if not self._serves_engine:

@@ -1,5 +1,6 @@
 """The worker's own routes: `/ping`, `/health`, `/info` and `/metrics`. They work while the model is loading too."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -7,12 +8,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from pydantic import BaseModel
 
 from worker import __version__, redaction
+from worker.errors import Json
 from worker.lifecycle import Lifecycle, State
 from worker.memory import Budget
 from worker.request.asgi import App, Message, Receive, Send
 from worker.request.routes import OWN_ROUTES
 from worker.settings.settings import Settings
 from worker.telemetry import gpu
+from worker.telemetry.cluster import ClusterCollector
 from worker.telemetry.jobs import Telemetry
 from worker.telemetry.startup_phases import StartupPhases
 
@@ -41,6 +44,10 @@ class Health(BaseModel):
     """Between 0 and 1."""
     last_error: dict[str, Any] | None
     """The last job that failed through no fault of its caller."""
+    batch: dict[str, Any] | None
+    """The progress of the batch that runs."""
+    cluster: dict[str, Any] | None
+    """Role, rank and nodes of a cluster; None on a single machine."""
 
 
 class Info(BaseModel):
@@ -74,12 +81,15 @@ class OwnRoutes:
         settings: Settings,
         startup_phases: StartupPhases,
         memory: Budget,
+        cluster: Callable[[], Json] = dict,
     ) -> None:
         self._lifecycle = lifecycle
         self._telemetry = telemetry
         self._settings = settings
         self._startup_phases = startup_phases
         self._memory = memory
+        self._cluster = cluster
+        telemetry.registry.register(ClusterCollector(cluster))
         self.engine: dict[str, Any] | None = None
         """The description of the engine, once it is loaded."""
         ready = Gauge("worker_ready", "1 while the worker answers jobs.", registry=telemetry.registry)
@@ -124,6 +134,8 @@ class OwnRoutes:
             uptime_seconds=round(self._lifecycle.uptime, 1),
             jobs=self._telemetry.running,
             last_error=self._telemetry.last_error,
+            batch=self._telemetry.batches.current,
+            cluster=self._cluster() or None,
             **load,
         )
 

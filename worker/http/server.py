@@ -1,26 +1,23 @@
 """The HTTP server. It runs in a thread with a loop of its own, because loading the model blocks the main thread."""
 
 import asyncio
-import os
 import socket
 import threading
-import weakref
 from collections.abc import Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self, TypeVar, cast
 
-import psutil
 import uvicorn
 import uvloop
 
 from worker.errors import ConfigurationError
+from worker.forks import PausedInForks
 from worker.http.protocol import LIMITS, Limits, Protocol, Waiting
 from worker.request.asgi import App
 
 KEEP_ALIVE_SECONDS = 75
 """Longer than load balancers keep idle connections, so that they never use one that was just closed."""
-PAUSE_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -47,8 +44,7 @@ class HttpServer:
             )
         )
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
-        self._resume = threading.Event()
-        self._pause_during_forks()
+        self._pauses = PausedInForks(self._thread, self._loop)
 
     @property
     def ports(self) -> list[int]:
@@ -72,34 +68,6 @@ class HttpServer:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(event.set)
 
-    def _pause_during_forks(self) -> None:
-        """Pause the server while this process forks. The callbacks cannot be removed; after its end they do nothing."""
-        reference = weakref.ref(self)
-
-        def before() -> None:
-            if (server := reference()) is not None:
-                server._pause()
-
-        def after_in_child() -> None:
-            if reference() is not None:
-                _close_inherited()
-
-        os.register_at_fork(before=before, after_in_parent=self._resume.set, after_in_child=after_in_child)
-
-    def _pause(self) -> None:
-        """Stop the thread until the fork is done: in the child, a lock that it holds would never be released."""
-        if threading.current_thread() is self._thread or not self._thread.is_alive():
-            return
-        paused = threading.Event()
-        self._resume.clear()
-
-        def pause() -> None:
-            paused.set()
-            self._resume.wait()
-
-        self._loop.call_soon_threadsafe(pause)
-        paused.wait(timeout=PAUSE_SECONDS)
-
     def _serve(self) -> None:
         with self._runner:
             self._runner.run(self._serve_until_exit())
@@ -110,12 +78,6 @@ class HttpServer:
         for connection in [*self._server.server_state.connections]:
             cast(Protocol, connection).abort()
         await asyncio.sleep(0)
-
-
-def _close_inherited() -> None:
-    """Close the server's sockets in a forked child: its ports would stay taken, and its connections open."""
-    for connection in psutil.Process().net_connections("inet"):
-        os.close(connection.fd)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,11 +8,12 @@ import asyncio
 import io
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from pathlib import Path
+from typing import BinaryIO, Self
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -29,6 +30,13 @@ UPLOAD_REDIRECTS = (307, 308)
 """Redirects that keep the method and the body."""
 MAX_REDIRECTS = 3
 CHUNK_BYTES = 1 << 16
+SILENT_SECONDS = 60.0
+"""How long a transfer of a large file may move no byte."""
+NO_LIMIT = aiohttp.ClientTimeout(total=None)
+"""For requests whose callers limit the time."""
+KEEP_SECONDS = 2.0
+"""How long an idle connection may be used again. One that has been idle for longer may have died while the worker was
+frozen, and the fetch would wait for it until its time is over."""
 HOST_CONNECTIONS = 32
 """How many connections to one host are open at once, for all requests."""
 
@@ -148,10 +156,27 @@ class Fetcher:
                 async with self._request("GET", link, REDIRECTS) as response:
                     return await _read_body(response, limit, reserve_untimed)
 
+    async def pieces(self, link: str, limit: Limit, silent: float = SILENT_SECONDS) -> AsyncGenerator[bytes, None]:
+        """Yield the file at a link as `get` does, but limit only its size and the seconds without a byte.
+
+        Raises:
+            MediaError: the link is not allowed, or the fetch failed.
+        """
+        with _as_media_errors(f"the link's server sent nothing for {silent:g} s"):
+            times = aiohttp.ClientTimeout(total=None, sock_connect=silent, sock_read=silent)
+            async with self._request("GET", link, REDIRECTS, times=times) as response:
+                _check_status(response)
+                check_size(response.content_length or 0, limit)
+                size = 0
+                async for chunk in response.content.iter_chunked(CHUNK_BYTES):
+                    size += len(chunk)
+                    check_size(size, limit)
+                    yield chunk
+
     async def put(
-        self, link: str, data: bytes, headers: Mapping[str, str], redirects: Iterable[int] = UPLOAD_REDIRECTS
+        self, link: str, data: bytes | Path, headers: Mapping[str, str], redirects: Iterable[int] = UPLOAD_REDIRECTS
     ) -> None:
-        """Upload data to a link with the method PUT. Redirects with these statuses are followed.
+        """Upload data, or a file, to a link with the method PUT. Redirects with these statuses are followed.
 
         The caller limits the time.
 
@@ -168,17 +193,22 @@ class Fetcher:
         method: str,
         link: str,
         redirects: Iterable[int],
-        data: bytes | None = None,
+        data: bytes | Path | None = None,
         headers: Mapping[str, str] | None = None,
+        times: aiohttp.ClientTimeout = NO_LIMIT,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send a request, follow redirects with these statuses, and return the response."""
         url = _parse(link)
         for _ in range(MAX_REDIRECTS + 1):
             self._policy.check(url)
-            # aiohttp sends a file in pieces, but bytes at once, which would hold up all other requests.
-            body = None if data is None else io.BytesIO(data)
             async with self._session.request(
-                method, url, data=body, headers=headers, skip_auto_headers=("Content-Type",), allow_redirects=False
+                method,
+                url,
+                data=_opened(data),
+                headers=headers,
+                skip_auto_headers=("Content-Type",),
+                allow_redirects=False,
+                timeout=times,
             ) as response:
                 if response.status not in redirects:
                     yield response
@@ -193,7 +223,10 @@ class Fetcher:
     def _session(self) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=GuardedResolver(self._policy, self._resolver), limit=0, limit_per_host=HOST_CONNECTIONS
+                resolver=GuardedResolver(self._policy, self._resolver),
+                limit=0,
+                limit_per_host=HOST_CONNECTIONS,
+                keepalive_timeout=KEEP_SECONDS,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": "runpod-vllm-worker", "Accept": "*/*"},
@@ -204,6 +237,11 @@ class Fetcher:
         """Close the connections and the resolver."""
         await self._session.close()
         await self._resolver.close()
+
+
+def _opened(data: bytes | Path | None) -> BinaryIO | None:
+    """Return data as a file, which aiohttp sends in pieces and closes. Bytes at once would hold up other requests."""
+    return data.open("rb") if isinstance(data, Path) else None if data is None else io.BytesIO(data)
 
 
 @contextmanager

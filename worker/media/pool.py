@@ -19,9 +19,12 @@ from typing import Any
 from worker import processes, threads
 from worker.errors import MediaBusyError, MediaError, MediaTooLargeError
 from worker.media.checks import Limit
+from worker.memory import Account
 from worker.threads import Result
 
 START_SECONDS = 30.0
+STEP_SECONDS = 0.5
+"""How long one wait for a reply is. If the worker is frozen meanwhile, no more than that counts."""
 LARGE_BYTES = 64 << 20
 """Shared memory beyond this is freed after each use."""
 KEPT_BYTES = 256 << 20
@@ -67,7 +70,8 @@ class Process:
                 stderr=subprocess.DEVNULL,
             )
         self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._deadline = time.monotonic() + START_SECONDS
+        self._left = START_SECONDS
+        """How many seconds replies may still take."""
         self._limit: Limit | None = None
         self._used = 0
         self._is_killed = False
@@ -98,9 +102,9 @@ class Process:
         self.memory[: len(data)] = data
         self._used = len(data)
         if self._limit is None:
-            # The first file also waits for the start of the process, until the deadline that the constructor set.
+            # The first file also waits for the start of the process, for as long as the constructor allows.
             self.request("ready")
-        self._limit, self._deadline = limit, time.monotonic() + limit.value - used
+        self._limit, self._left = limit, limit.value - used
 
     def request(self, operation: str, *arguments: object) -> Any:
         """Send a request and return its result. Without a reply the process is killed: its state is unknown.
@@ -111,7 +115,7 @@ class Process:
         is_late = False
         with suppress(OSError, EOFError, ValueError):
             self._connection.send_bytes(json.dumps([operation, *arguments]).encode())
-            if self._connection.poll(max(0.0, self._deadline - time.monotonic())):
+            if self._replies():
                 error, result = json.loads(self._connection.recv_bytes())
                 if error:
                     raise ERRORS.get(error, MediaError)(str(result))
@@ -123,6 +127,16 @@ class Process:
         if is_late:
             raise _too_slow(self._limit)
         raise MediaError(f"{DAMAGED}, or it needs too much memory")
+
+    def _replies(self) -> bool:
+        """Wait for a reply, and return whether there is one in time."""
+        while self._left > 0:
+            step, began = min(self._left, STEP_SECONDS), time.monotonic()
+            has_reply = self._connection.poll(step)
+            self._left -= min(time.monotonic() - began, step)
+            if has_reply:
+                return True
+        return self._connection.poll(0)
 
     def result(self, size: int) -> memoryview:
         """Return the first bytes of the shared memory. The next use overwrites them."""
@@ -155,16 +169,23 @@ class Pool:
     """The processes, and who may use one next. It starts a process when none is idle, and keeps `each`.
 
     A request may use `each` processes at once. All requests together use as many, or more if media have to wait for
-    long, because others are slow to decode. The request that uses the fewest processes comes first.
+    long, because others are slow to decode. The request that uses the fewest processes comes first, and lines of
+    batches come last.
     """
 
     def __init__(self, each: int, start: Callable[[], Process]) -> None:
         self._each = each
         self._start = start
         self._idle: list[Process] = []
-        self._waiting: list[_Turn] = []
-        self._using: Counter[object] = Counter()
+        self._callers: list[_Turn] = []
+        """The turns that wait."""
+        self._lines: list[_Turn] = []
+        """Those of lines of batches."""
+        self._using: Counter[Account] = Counter()
+        self._lent = 0
+        """How many processes are lent."""
         self._long = 0
+        """How many turns for long media go on."""
         self._threads = ThreadPoolExecutor(MORE * each + 2, thread_name_prefix="media")
         self._is_closed = False
 
@@ -177,17 +198,19 @@ class Pool:
         return await threads.call(self._threads, work, *arguments)
 
     @asynccontextmanager
-    async def process(self, request: object, *, is_long: bool = False) -> AsyncIterator[Process]:
+    async def process(self, request: Account, *, is_long: bool = False) -> AsyncIterator[Process]:
         """Lend a process to a request. If the caller is cancelled, the process is killed, and its work fails."""
         loop = asyncio.get_running_loop()
-        turn = _Turn(request, is_long, loop.create_future(), loop.time())
+        waiting = self._lines if request.is_line else self._callers
+        turn = _Turn(request, is_long, waiting, loop.create_future(), loop.time())
         hurry = loop.call_later(PATIENCE_SECONDS, self._serve)
-        self._waiting.append(turn)
+        waiting.append(turn)
         try:
             self._serve()
             await turn.future
             idle = self._idle_process()
             process = idle if idle is not None else await self.in_thread(self._start)
+            self._lent += 1
             try:
                 yield process
             except asyncio.CancelledError:
@@ -200,31 +223,37 @@ class Pool:
             self._end(turn)
 
     def _serve(self) -> None:
-        """Let those go on who may: those with the fewest processes first, and requests in turn."""
-        while (turn := min(filter(self._may_go_on, self._waiting), key=self._used, default=None)) is not None:
-            self._waiting.remove(turn)
+        """Let those go on who may."""
+        while (turn := self._next()) is not None:
+            turn.waiting.remove(turn)
             self._using[turn.request] += 1
             self._long += turn.is_long
             turn.future.set_result(None)
             served = turn.request
             # The others are next.
-            self._waiting.sort(key=lambda other: other.request is served)
+            self._callers.sort(key=lambda other: other.request is served)
 
-    def _used(self, turn: "_Turn") -> int:
-        return self._using[turn.request]
+    def _next(self) -> "_Turn | None":
+        """Return who may go on: of the callers, one with the fewest processes; else the first of the lines."""
+        if callers := [turn for turn in self._callers if self._may_go_on(turn)]:
+            return min(callers, key=lambda turn: self._using[turn.request])
+        if self._using.total() >= self._each:
+            # There may be thousands of lines.
+            return None
+        return next(filter(self._may_go_on, self._lines), None)
 
     def _may_go_on(self, turn: "_Turn") -> bool:
-        has_waited = asyncio.get_running_loop().time() - turn.since >= PATIENCE_SECONDS
+        has_waited = asyncio.get_running_loop().time() - turn.since >= PATIENCE_SECONDS and not turn.request.is_line
         most = MORE * self._each if has_waited else self._each
         # Videos and sounds may take minutes. They never use all processes.
         is_crowded = turn.is_long and self._long >= (MORE - 1) * self._each
-        has_place = self._using.total() < most and self._used(turn) < self._each and not is_crowded
+        has_place = self._using.total() < most and self._using[turn.request] < self._each and not is_crowded
         # A turn that was cancelled just now is removed by its own task.
         return has_place and not turn.future.done()
 
     def _end(self, turn: "_Turn") -> None:
-        if turn in self._waiting:
-            self._waiting.remove(turn)
+        if turn in turn.waiting:
+            turn.waiting.remove(turn)
             return
         self._using[turn.request] -= 1
         self._using += Counter()  # Removes those with none.
@@ -240,13 +269,18 @@ class Pool:
         return None
 
     def _give_back(self, process: Process) -> None:
+        self._lent -= 1
         if self._is_closed:
             process.close()
-        elif not process.is_usable or len(self._idle) >= self._each:
+        elif not process.is_usable:
             self._threads.submit(process.close)
         else:
             process.free()
             self._idle.append(process)
+            # Those whose turn it is just now need one each.
+            needed = len(self._callers) + self._using.total() - self._lent
+            while len(self._idle) > max(self._each, needed):
+                self._threads.submit(self._idle.pop().close)
 
     def close(self) -> None:
         """End the idle processes. A busy one ends when its work does."""
@@ -258,7 +292,9 @@ class Pool:
 
 @dataclass(eq=False, slots=True)
 class _Turn:
-    request: object
+    request: Account
     is_long: bool
+    waiting: "list[_Turn]"
+    """Where it is until it may go on."""
     future: "asyncio.Future[None]"
     since: float

@@ -21,12 +21,19 @@ STALE_SECONDS = 3600.0
 """The age at which a temporary file counts as abandoned."""
 EXCLUDED = ("assets", "modelinfos")
 """Folders of vLLM's cache without compiled code."""
+BATON = "lock"
+"""The name of torch's lock files (`torch.utils.file_baton`). Whoever finds one waits until it is removed."""
 
 
 def key_of(about: Mapping[str, Any]) -> str:
     """Return the key for everything that compiled code depends on: versions, GPU, model, arguments."""
     text = json.dumps(about, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _is_kept(name: Path) -> bool:
+    """Return whether a file belongs into the archive. `name` is relative to vLLM's cache folder."""
+    return name.parts[0] not in EXCLUDED and name.name != BATON and name.suffix != ".lock"
 
 
 class CompileCache:
@@ -50,7 +57,9 @@ class CompileCache:
             ):
                 archive.extractall(temporary, filter="data")
                 for file in filter(Path.is_file, Path(temporary).rglob("*")):
-                    target = self._local / file.relative_to(temporary)
+                    if not _is_kept(name := file.relative_to(temporary)):
+                        continue
+                    target = self._local / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     file.replace(target)
             # The modification time decides which archives are evicted.
@@ -92,7 +101,7 @@ class CompileCache:
     def _files(self) -> dict[str, int]:
         """Return the size of each file to save, by its relative path."""
         files = ((path.relative_to(self._local), path) for path in self._local.rglob("*") if path.is_file())
-        return {str(name): path.stat().st_size for name, path in files if name.parts[0] not in EXCLUDED}
+        return {str(name): path.stat().st_size for name, path in files if _is_kept(name)}
 
     def _evict(self) -> None:
         """Remove abandoned temporary files, and the least recently used archives until the others fit."""

@@ -31,6 +31,8 @@ class Plan:
     """In tokens. None: the model's maximum; 0: as many as fit."""
     dtype: str
     cache_dtype: str
+    nodes: int = 1
+    """The number of machines that share the weights."""
 
     @property
     def gpus(self) -> int:
@@ -48,36 +50,49 @@ class Estimate:
     available: float
     length: int
 
+    @property
+    def room(self) -> float:
+        """What the weights leave for the KV cache."""
+        return self.available - self.weights - OVERHEAD_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether the KV cache of one sequence has room beside the weights."""
+        return self.cache <= self.room
+
 
 def check(folder: Path, plan: Plan, gpus: Iterable[Mapping[str, int]]) -> Estimate | None:
-    """Check that the model in `folder` fits the GPUs, each with its `memory` and `free` memory in bytes.
+    """Check that the model in `folder` fits each machine's GPUs, with their `memory` and `free` memory in bytes.
 
-    Return None if that cannot be estimated.
+    Return None if the memory cannot be estimated.
 
     Raises:
         ConfigurationError: the model does not fit. The message has the numbers and a remedy.
     """
-    estimate = _estimate(folder, plan, list(gpus)[: plan.gpus])
-    if estimate is None:
-        return None
-    room = estimate.available - estimate.weights - OVERHEAD_BYTES
-    if estimate.cache <= room:
+    estimate = estimated(folder, plan, gpus)
+    if estimate is None or estimate.fits:
         return estimate
+    room = estimate.room
+    more = "more GPUs (TENSOR_PARALLEL_SIZE)" if plan.nodes == 1 else "more nodes"
     if room > 0:
         length = int(estimate.length * room / estimate.cache) // 256 * 256
         remedy = f"MAX_MODEL_LEN={length}" if length >= 256 else "a much smaller MAX_MODEL_LEN"
-        remedy += ", more GPUs (TENSOR_PARALLEL_SIZE), or a larger GPU_MEMORY_UTILIZATION"
+        remedy += f", {more}, or a larger GPU_MEMORY_UTILIZATION"
     else:
-        remedy = "a quantized variant (AWQ, FP8), more GPUs (TENSOR_PARALLEL_SIZE), or larger GPUs"
+        remedy = f"a quantized variant (AWQ, FP8), {more}, or larger GPUs"
+    where = "" if plan.nodes == 1 else f" on {plan.nodes} nodes"
     raise ConfigurationError(
-        f"The model does not fit into GPU memory, by estimate: each of {plan.gpus} GPUs needs "
+        f"The model does not fit into GPU memory, by estimate: each of {plan.gpus} GPUs{where} needs "
         f"{estimate.weights / 1e9:.1f} GB for weights, {estimate.cache / 1e9:.1f} GB for the cache of one sequence of "
         f"{estimate.length} tokens and {OVERHEAD_BYTES / 1e9:.1f} GB for overhead, and has "
         f"{estimate.available / 1e9:.1f} GB. Use {remedy}. SKIP_FIT_CHECK=true skips this check."
     )
 
 
-def _estimate(folder: Path, plan: Plan, gpus: list[Mapping[str, int]]) -> Estimate | None:
+def estimated(folder: Path, plan: Plan, gpus: Iterable[Mapping[str, int]]) -> Estimate | None:
+    """Return the memory that the model in `folder` needs; None if it cannot be estimated. See `check`."""
+    per_node = -(-plan.gpus // plan.nodes)
+    used = list(gpus)[:per_node]
     try:
         config = json.loads((folder / "config.json").read_text())
         weights = sum(file.stat().st_size for file in weight_paths(folder))
@@ -87,9 +102,9 @@ def _estimate(folder: Path, plan: Plan, gpus: list[Mapping[str, int]]) -> Estima
         per_token = _cache_per_token(_text(config), plan)
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    if len(gpus) < plan.gpus or not weights:
+    if len(used) < per_node or not weights:
         return None
-    available = min(min(gpu["memory"] * plan.utilization, gpu["free"]) for gpu in gpus)
+    available = min(min(gpu["memory"] * plan.utilization, gpu["free"]) for gpu in used)
     return Estimate(weights / plan.gpus, length * per_token, available, length)
 
 

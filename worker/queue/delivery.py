@@ -9,13 +9,13 @@ from worker.errors import Json, ResultRefusedError
 from worker.queue.handler import Job
 from worker.queue.platform import Platform, encoded
 
-Keep = Callable[[Job, bytes, ResultRefusedError], Awaitable[Json]]
+StoreResult = Callable[[Job, bytes, ResultRefusedError], Awaitable[Json]]
 """Stores a job's outputs, as JSON, that the platform has refused, and returns what takes their place; or raises."""
 
 log = logging.getLogger(__name__)
 
 
-async def keep_nothing(_job: Job, _data: bytes, refusal: ResultRefusedError) -> Json:
+async def store_nothing(_job: Job, _data: bytes, refusal: ResultRefusedError) -> Json:
     """Store nothing."""
     raise refusal
 
@@ -23,16 +23,18 @@ async def keep_nothing(_job: Job, _data: bytes, refusal: ResultRefusedError) -> 
 class Delivery:
     """The outputs of one job. Call its methods one at a time. They raise `JobLostError` once nobody waits for the job.
 
-    `posted` is called for every part of the stream that the platform has taken, and `keep` with outputs that it has
+    `posted` is called for every part of the stream that the platform has taken, and `store` with outputs that it has
     refused.
     """
 
-    def __init__(self, platform: Platform, job: Job, posted: Callable[[], None], keep: Keep = keep_nothing) -> None:
+    def __init__(
+        self, platform: Platform, job: Job, posted: Callable[[], None], store: StoreResult = store_nothing
+    ) -> None:
         self._platform = platform
         self._job = job
         self._job_id: str = job["id"]
         self._posted = posted
-        self._keep = keep
+        self._store = store
         self._streams = True
         self.outputs: list[Any] = []
 
@@ -65,8 +67,8 @@ class Delivery:
         except ResultRefusedError as refusal:
             if not refusal.may_be_stored:
                 raise
-            kept = await self._keep(self._job, outputs, refusal)
-            await self._platform.done(self._job_id, encoded({"output": kept}))
+            stored = await self._store(self._job, outputs, refusal)
+            await self._platform.done(self._job_id, encoded({"output": stored}))
 
     async def _end(self, posting: Awaitable[None]) -> None:
         """Post a result. If the platform refuses it, the job fails with the reason."""

@@ -8,7 +8,10 @@ from contextlib import aclosing, asynccontextmanager, closing
 from typing import Any
 
 from worker import race
+from worker.batch.spec import FIELD, is_batch
 from worker.errors import EngineResponseError, InvalidRequestError, JobError, Json, status_of
+from worker.queue.batch_jobs import BatchJobs
+from worker.queue.outputs import Output
 from worker.request import sse
 from worker.request.asgi import App, Message, Receive, Request, Response, Send, exchange
 from worker.request.inputs import JobInput, StreamForm
@@ -18,7 +21,6 @@ from worker.request.pipeline import Pipeline, only_job_errors
 from worker.settings import Settings
 
 Job = dict[str, Any]
-Output = str | Json | list[Any]
 Handler = Callable[[Job], AsyncGenerator[Output, None]]
 
 UPLOAD_URL = "upload_url"
@@ -28,14 +30,22 @@ UPLOAD_URL = "upload_url"
 class JobHandler:
     """Answers jobs with an ASGI app: the engine's, or another one with the same routes.
 
-    Without `links`, inputs behind links are not accepted.
+    Without `links`, inputs behind links are not accepted; without `batches`, no batches.
     """
 
-    def __init__(self, app: App, pipeline: Pipeline, settings: Settings, links: LinkedInputs | None = None) -> None:
+    def __init__(
+        self,
+        app: App,
+        pipeline: Pipeline,
+        settings: Settings,
+        links: LinkedInputs | None = None,
+        batches: BatchJobs | None = None,
+    ) -> None:
         self._app = pipeline.around(app)
         self._pipeline = pipeline
         self._settings = settings
         self._links = links
+        self._batches = batches
         self._streams = 0
         """The number of streams that run."""
 
@@ -45,12 +55,18 @@ class JobHandler:
         Without streaming this is one value: the engine's body. With streaming it is SSE text for `openai_route`, and
         lists of chunk objects for the other inputs, or SSE text with `RAW_STREAM_OUTPUT`. A job that failed ends with
         `{"error": JSON text}`, by which the SDK marks it FAILED. A stream for `openai_route` ends with an error event
-        instead, because RunPod's proxy passes on nothing but the stream.
+        instead, because RunPod's proxy passes on nothing but the stream. A batch yields its progress, too.
         """
         job_id = str(job.get("id"))
         form: StreamForm | None = None
         try:
             with only_job_errors(job_id):
+                if self._batches is not None and is_batch(job.get("input")):
+                    batch = self._batches.outputs(job_id, _without_upload_url(job["input"]))
+                    async with aclosing(batch) as progress_and_output:
+                        async for each in progress_and_output:
+                            yield each
+                    return
                 job_input = await self._input(job.get("input"))
                 form = self._stream_form(job_input)
                 async with aclosing(self._outputs(job_id, job_input, form)) as outputs:
@@ -69,6 +85,10 @@ class JobHandler:
                 if UPLOAD_URL in value:
                     raise InvalidRequestError(
                         "'upload_url' must stand beside 'input_url', not in the file behind the link.", param=UPLOAD_URL
+                    )
+                if is_batch(value):
+                    raise InvalidRequestError(
+                        "'batch' must stand in the job's own input. Its 'input' may be a link.", param=FIELD
                     )
         except JobError as error:
             return JobInput(value, error)

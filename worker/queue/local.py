@@ -6,6 +6,7 @@ from typing import Any
 
 from worker.errors import ConfigurationError, Json
 from worker.queue.handler import Handler, Job
+from worker.queue.outputs import Left, Progress
 
 JOB_ID = "local_test"
 
@@ -35,6 +36,10 @@ async def run(handler: Handler, job: Job) -> Json:
     """Run a job to its end and return what RunPod's `/status` would return."""
     outputs: list[Any] = []
     async for output in handler(job):
+        if isinstance(output, Progress):
+            continue
+        if isinstance(output, Left):
+            return {"id": job["id"], "status": "FAILED", "error": output.reason}
         if isinstance(output, dict) and output.get("error"):
             return {"id": job["id"], "status": "FAILED", "error": output["error"]}
         outputs.append(output)

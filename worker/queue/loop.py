@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from worker import race
+from worker.batch.spec import is_batch
 from worker.errors import JobError, StartupError
 from worker.lifecycle import ERROR_SECONDS, Lifecycle
-from worker.queue.delivery import Delivery, Keep, keep_nothing
+from worker.queue.delivery import Delivery, StoreResult, store_nothing
 from worker.queue.handler import Handler, Job
+from worker.queue.outputs import Left, Progress
 from worker.queue.places import Places
 from worker.queue.platform import JobLostError, Platform
 from worker.request.pipeline import only_job_errors
@@ -58,7 +60,7 @@ class Context:
     places: Places
     posted: Callable[[], None]
     """Called for every part of a stream that is posted."""
-    keep: Keep = keep_nothing
+    store: StoreResult = store_nothing
     """Stores results that are too large for the platform."""
 
 
@@ -76,8 +78,12 @@ class _Run:
     task: "asyncio.Task[None]" = field(init=False)
 
     @property
+    def is_batch(self) -> bool:
+        return is_batch(self.job.get("input"))
+
+    @property
     def is_starting(self) -> bool:
-        return not (self.has_output or self.usage.has_reached_engine)
+        return not (self.has_output or self.usage.has_reached_engine or self.is_batch)
 
     @property
     def is_stopped(self) -> bool:
@@ -166,7 +172,10 @@ class JobLoop:
         while not stopping.is_set():
             changed.clear()
             starting = sum(run.is_starting for run in self._runs.values())
-            free = 0 if self._lifecycle.state == "dead" else self._places.free(len(self._runs), starting)
+            # Batches make room for other jobs. Only those that wait for their turn take a place.
+            batches = sum(run.is_batch for run in self._runs.values())
+            jobs = len(self._runs) - min(batches, 1)
+            free = 0 if self._lifecycle.state == "dead" else self._places.free(jobs, starting)
             if free:
                 return free
             await race.first(changed.wait(), stopping.wait())
@@ -212,7 +221,7 @@ class JobLoop:
     async def _run(self, run: _Run) -> None:
         """Post a job's outputs one by one, then its result. Nothing is posted for a stopped job."""
         job_id = run.job["id"]
-        delivery = Delivery(self._platform, run.job, self._context.posted, self._context.keep)
+        delivery = Delivery(self._platform, run.job, self._context.posted, self._context.store)
         current_usage.set(run.usage)
         try:
             with only_job_errors(job_id):
@@ -226,6 +235,12 @@ class JobLoop:
         error = None
         async with aclosing(self._handler(run.job)) as outputs:
             async for output in outputs:
+                if isinstance(output, Progress):
+                    await self._platform.progress(run.job["id"], output.value)
+                    continue
+                if isinstance(output, Left):
+                    log.warning("Job %s is left to the platform. %s", run.job["id"], output.reason)
+                    return
                 if not run.has_output and self._leaves_unfinished:
                     log.warning("Job %s is left to the platform, which may give it to another worker", run.job["id"])
                     return

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from worker.backoff import Backoff
 from worker.errors import ResultRefusedError
 from worker.queue.handler import Job
-from worker.queue.transport import POST_SECONDS, NoAnswerError, Transport
+from worker.queue.transport import NoAnswerError, Transport
 from worker.request.asgi import ClientDisconnectedError
+from worker.resume import Resumes
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ TOO_MANY_REQUESTS_SECONDS = 5.0
 """The pause after a long poll that was answered with 429."""
 FORGOTTEN_ANSWERS = 4
 """After so many answers in a row that the platform does not know a job, it has forgotten it. They take about 1 s."""
+PROGRESS_SECONDS = 10.0
+"""How long a post of a job's progress may take."""
 LEAVING_SECONDS = 0.5
 """The longest pause between attempts of a worker that is being stopped."""
 
@@ -83,11 +86,19 @@ class JobLostError(ClientDisconnectedError):
 class Platform:
     """The platform's routes for one worker. `deadline` is how long a post is repeated, in seconds."""
 
-    def __init__(self, transport: Transport, urls: Urls, stopping: asyncio.Event, deadline: float) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        urls: Urls,
+        stopping: asyncio.Event,
+        deadline: float,
+        resumes: Resumes | None = None,
+    ) -> None:
         self._transport = transport
         self._urls = urls
         self._stopping = stopping
         self._deadline = deadline
+        self._resumes = resumes or Resumes()
         self._taking = Backoff(first=0.1, most=10.0)
         self._listening = Backoff(first=0.1, most=10.0)
 
@@ -124,6 +135,21 @@ class Platform:
         """
         await self._post(self._urls.done, job_id, result, RESULT_BYTES, "true")
 
+    async def progress(self, job_id: str, value: Any) -> None:
+        """Post what `/status` shows while the job runs, as the SDK's `progress_update` does. A failure is logged."""
+        url, headers = _addressed(self._urls.done, job_id, "false")
+        body = encoded({"status": "IN_PROGRESS", "output": value})
+        try:
+            async with asyncio.timeout(PROGRESS_SECONDS):
+                status = await self._transport.post(url, headers, body)
+            problem = None if verdict(status) is Verdict.TAKEN else f"HTTP {status}"
+        except TimeoutError:
+            problem = "TimeoutError"
+        except NoAnswerError as error:
+            problem = str(error)
+        if problem:
+            log.info("Job %s: the platform did not accept its progress (%s)", job_id, problem)
+
     async def _poll(
         self,
         name: str,
@@ -154,11 +180,10 @@ class Platform:
         """Post until the platform takes it. Time in which the worker was frozen does not count for the deadline."""
         if len(body) > limit:
             raise ResultRefusedError(len(body))
-        url, headers = f"{route.replace('$ID', job_id)}&isStream={is_stream}", {**HEADERS, "X-Request-ID": job_id}
+        url, headers = _addressed(route, job_id, is_stream)
         clock, backoff = asyncio.get_running_loop().time, Backoff(first=0.2, most=10.0)
-        spent, unknown = 0.0, 0
+        began, spent, unknown = clock() - self._resumes.frozen_seconds, 0.0, 0
         while spent < self._deadline:
-            began = clock()
             try:
                 status = await self._transport.post(url, headers, body)
             except NoAnswerError as error:
@@ -179,7 +204,7 @@ class Platform:
             if not spent:
                 log.warning("Job %s: the platform did not accept a post (%s); trying again", job_id, problem)
             await self._pause(backoff.next())
-            spent += min(clock() - began, POST_SECONDS)
+            spent = clock() - self._resumes.frozen_seconds - began
         raise JobLostError(f"the platform was away for {spent:.0f} s; DELIVERY_TIMEOUT={self._deadline:g}")
 
     async def _pause(self, seconds: float) -> None:
@@ -190,6 +215,11 @@ class Platform:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+
+
+def _addressed(route: str, job_id: str, is_stream: str) -> tuple[str, dict[str, str]]:
+    """Return the URL and the headers of a post."""
+    return f"{route.replace('$ID', job_id)}&isStream={is_stream}", {**HEADERS, "X-Request-ID": job_id}
 
 
 def encoded(value: Any) -> bytes:

@@ -12,25 +12,23 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 from worker import threads
-from worker.backoff import Backoff
-from worker.errors import Json, LinkServerRefusedError, MediaError, ResultRefusedError, UnreachableError
-from worker.media.fetch import UPLOAD_REDIRECTS, Fetcher, Policy
+from worker.errors import Json, MediaError, ResultRefusedError
+from worker.media.fetch import Policy
+from worker.media.upload import upload, upload_presigned
 from worker.queue.handler import UPLOAD_URL, Job
 from worker.settings import Settings
 
 CONTENT_TYPE = "application/json"
 STORE_SECONDS = 120.0
 """The limit for one store, with all attempts."""
-ATTEMPTS = 3
 FOLDER_THREADS = 2
 """How many results are written to the folder at once."""
 S3_FIELDS = ("endpointUrl", "accessId", "accessSecret", "bucketName")
@@ -77,7 +75,7 @@ class Results:
         # The operator chooses the worker's own bucket, so it may be in a private network.
         self._trusted = Policy(private_networks=True)
 
-    async def keep(self, job: Job, data: bytes, refusal: ResultRefusedError) -> Json:
+    async def store(self, job: Job, data: bytes, refusal: ResultRefusedError) -> Json:
         """Store a result that the platform has refused, and return the output that takes its place.
 
         Raises:
@@ -138,12 +136,7 @@ class UploadLink:
     async def put(self, job_id: str, data: bytes) -> Json:
         """See `Store`."""
         del job_id
-        try:
-            await _upload(self.policy, self.link, data, {"Content-Type": CONTENT_TYPE})
-        except LinkServerRefusedError:
-            # Signatures of S3's second version cover the content type, even if the link was signed without one.
-            await _upload(self.policy, self.link, data, {})
-        return {"result_url": re.split("[?#]", self.link, maxsplit=1)[0]}
+        return {"result_url": await upload_presigned(self.policy, self.link, data, CONTENT_TYPE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +159,7 @@ class Bucket:
         url = f"{bucket}/{_file_name(job_id)}/{uuid.uuid4().hex}.json"
         headers, link = await asyncio.to_thread(_sign, url, data, key_id, secret, region, self.seconds)
         # A signature is valid for one host.
-        await _upload(self.policy, url, data, headers, redirects=())
+        await upload(self.policy, url, data, headers, redirects=())
         return {"result_url": link}
 
     def _read(self) -> tuple[str, str, str, str]:
@@ -242,22 +235,6 @@ def _write(path: Path, data: bytes, cancelled: threading.Event) -> None:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-async def _upload(
-    policy: Policy, link: str, data: bytes, headers: dict[str, str], redirects: Iterable[int] = UPLOAD_REDIRECTS
-) -> None:
-    """Upload data to a link; try again if its server is away or has failed."""
-    backoff = Backoff(first=0.5, most=4.0)
-    async with aclosing(Fetcher(policy)) as fetcher:
-        for left in reversed(range(ATTEMPTS)):
-            try:
-                await fetcher.put(link, data, headers, redirects)
-                return
-            except UnreachableError:
-                if not left:
-                    raise
-            await asyncio.sleep(backoff.next())
 
 
 def _file_name(job_id: str) -> str:

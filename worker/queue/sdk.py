@@ -12,17 +12,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import requests
 import runpod
 from runpod.http_client import get_auth_header
-from runpod.serverless.modules import rp_fastapi, rp_http, rp_job, rp_logger, rp_scale, worker_state
+from runpod.serverless.modules import rp_fastapi, rp_http, rp_job, rp_logger, rp_ping, rp_scale, worker_state
 
 from worker.queue.development_api import DevelopmentAPI
 from worker.queue.handler import Handler
 from worker.queue.loop import Context, JobLoop
 from worker.queue.platform import Platform, Urls
-from worker.queue.transport import HttpTransport
+from worker.queue.transport import Connections, HttpTransport
 from worker.telemetry import logs
 
+PING_SECONDS = 5.0
+"""How long a ping waits for its answer. The SDK's own 20 s are long for one that was sent when a freeze began."""
 PINGED_BYTES = 7000
 """The most bytes of job ids in the URL of a ping. Several proxies accept 8 KB of URL."""
 
@@ -35,18 +38,21 @@ def serve_queue(handler: Handler, context: Context, runner: asyncio.Runner) -> N
 
     rp_scale.JobScaler = scaler
     worker_state.PingJobMirror = PingedJobs
+    rp_ping.SyncClientSession = PingSession
     start(handler, context.places.most)
 
 
 async def _serve(handler: Handler, context: Context) -> None:
-    stopping = context.lifecycle.stopping
+    stopping, resumes = context.lifecycle.stopping, context.lifecycle.resumes
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, headers=get_auth_header()) as session:
-        transport = HttpTransport(session)
-        platform = Platform(transport, _urls(), stopping, context.settings.delivery_timeout)
-        await JobLoop(handler, platform, worker_state.JobsProgress(), context).run()
+    connections = Connections()
+    resumes.listen(connections.close_idle)
+    async with aiohttp.ClientSession(connector=connections, headers=get_auth_header()) as session:
+        transport = HttpTransport(session, resumes)
+        platform = Platform(transport, _urls(), stopping, context.settings.delivery_timeout, resumes)
+        with resumes.watched():
+            await JobLoop(handler, platform, worker_state.JobsProgress(), context).run()
 
 
 def _urls() -> Urls:
@@ -78,6 +84,18 @@ class PingedJobs(worker_state.PingJobMirror):  # type: ignore[misc]
         chosen = [job_id for job_id, size in zip(ids, sizes, strict=True) if size <= PINGED_BYTES]
         self._last = chosen[-1] if chosen else ""
         return ",".join(chosen) or None
+
+
+class PingSession(requests.Session):
+    """Pings over a new connection each time, because one that died in a freeze gives no answer and no error."""
+
+    def get(self, *args: Any, **kwargs: Any) -> requests.Response:
+        """Send a ping, and close its connection. The SDK sends it again after a failure."""
+        try:
+            return super().get(*args, **{**kwargs, "timeout": PING_SECONDS})
+        finally:
+            # The session can still be used.
+            self.close()
 
 
 def serve_development_api(handler: Handler) -> None:

@@ -50,6 +50,7 @@ class Request:
     query: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    state: dict[str, Any] = field(default_factory=dict)
 
     def scope(self) -> dict[str, Any]:
         """Return the ASGI scope. With version 2.3 Starlette listens for a disconnect while it streams."""
@@ -66,7 +67,7 @@ class Request:
             "headers": [(name.encode(), value.encode()) for name, value in self.headers.items()],
             "client": ("127.0.0.1", 0),
             "server": ("127.0.0.1", 80),
-            "state": {},
+            "state": dict(self.state),
         }
 
 

@@ -32,7 +32,7 @@ MEDIA: Mapping[str, Kind] = MappingProxyType(
 MEDIA_KEYS: Mapping[str, Kind] = MappingProxyType({**MEDIA, **{f"{field}s": kind for field, kind in MEDIA.items()}})
 SPEECH_ROUTES = MappingProxyType({"transcribe": "/v1/audio/transcriptions", "translate": "/v1/audio/translations"})
 """The route for each task of a speech model."""
-_ACCEPTED = "It must have one of 'messages', 'prompt', 'audio', 'openai_route' or 'route'."
+_ACCEPTED = "It must have one of 'messages', 'prompt', 'audio', 'openai_route', 'route' or 'batch'."
 _BOOLEAN = TypeAdapter(bool)
 _UPPER_CASE = BeforeValidator(lambda text: text.upper() if isinstance(text, str) else text)
 

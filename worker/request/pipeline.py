@@ -35,6 +35,8 @@ FORMS = (b"multipart/form-data", b"application/x-www-form-urlencoded")
 TRACE_HEADERS = (b"traceparent", b"tracestate")
 KEY_NAME = "worker.key_name"
 """The name of the caller's API key in the state of a request's scope."""
+IS_LINE = "worker.is_line"
+"""In the state of a request's scope: whether it is a line of a batch."""
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,8 @@ class Recorder:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         request_id = header(scope, b"x-request-id").decode("latin-1")
         trace = {name.decode(): header(scope, name).decode("latin-1") for name in TRACE_HEADERS}
-        key = scope["state"].get(KEY_NAME, "")
-        with self._telemetry.job(request_id, label_of(scope["path"]), trace, key) as record:
+        key, is_line = scope["state"].get(KEY_NAME, ""), scope["state"].get(IS_LINE, False)
+        with self._telemetry.job(request_id, label_of(scope["path"]), trace, key, is_line) as record:
             status, has_left = 0, False
 
             async def receive_noting() -> Message:
@@ -198,7 +200,8 @@ class TimeLimit:
         else:
             await race.first(complete.wait(), over.wait())
             try:
-                await asyncio.wait_for(over.wait(), seconds)
+                async with self._lifecycle.resumes.timeout(seconds):
+                    await over.wait()
             except TimeoutError:
                 return JobTimeoutError(seconds)
         return self._lifecycle.error()
@@ -213,7 +216,7 @@ class BodyBudget:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         pieces: list[bytes] = []
-        account = self._memory.account()
+        account = self._memory.account(is_line=scope["state"].get(IS_LINE, False))
         current_account.set(account)
         try:
             more = True

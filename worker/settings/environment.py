@@ -64,6 +64,19 @@ def prepare(settings: Settings, logging_config: Path | None = None) -> None:
     os.environ["VLLM_MAX_AUDIO_CLIP_FILESIZE_MB"] = str(-(-settings.max_audio_bytes // (1 << 20)))
 
 
+def use_interface(name: str, address: str) -> None:
+    """Have vLLM and its libraries use this interface and address between the nodes, unless the user chose others.
+
+    NCCL takes a name for the beginning of several names, unless it begins with `=`.
+    """
+    for variable, value in (
+        ("VLLM_HOST_IP", address),
+        ("GLOO_SOCKET_IFNAME", name),
+        ("NCCL_SOCKET_IFNAME", f"={name}"),
+    ):
+        os.environ[variable] = os.environ.get(variable) or value
+
+
 def go_offline() -> None:
     """Keep the Hugging Face libraries from asking the Hub. They read this once, when they are imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -8,6 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from worker import redaction
+from worker.cluster import sizes
+from worker.cluster.role import Role
+from worker.cluster.sizes import Chosen, Shape
 from worker.errors import ConfigurationError
 from worker.settings import sources
 from worker.settings.settings import MAX_CONCURRENCY, Settings
@@ -60,17 +63,35 @@ def from_variables(variables: Variables) -> Settings:
         ConfigurationError: a value is wrong; the message has one line for each.
     """
     values = {name.lower(): value for name, value in variables.values.items() if value.strip()}
+    settings, mistakes = None, list(_mistakes_in_cluster(variables))
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        remove = redaction.remover(variables.secrets)
-        lines = [remove(_line(variables, str(one["loc"][0]), one["input"], one["msg"])) for one in error.errors()]
-        raise ConfigurationError("\n".join(lines)) from None
-    if settings.worker_mode == "queue" and not settings.runpod_webhook_get_job:
-        raise ConfigurationError(NO_QUEUE)
+        lines = [_line(variables, str(one["loc"][0]), one["input"], one["msg"]) for one in error.errors()]
+        mistakes = [*lines, *mistakes]
+    if settings is None or mistakes:
+        raise ConfigurationError(redaction.remover(variables.secrets)("\n".join(mistakes)))
     settings._variables = variables
+    if settings.worker_mode == "queue" and not settings.runpod_webhook_get_job and not settings.is_follower:
+        raise ConfigurationError(NO_QUEUE)
     settings._variables = replace(variables, warnings=(*variables.warnings, *_warnings(settings)))
     return settings
+
+
+def _mistakes_in_cluster(variables: Variables) -> Iterator[str]:
+    """Yield what the variables of a cluster have wrong, and sizes that do not match its nodes."""
+    try:
+        role = Role.of(variables.values, variables.described)
+    except ConfigurationError as error:
+        yield from str(error).splitlines()
+        return
+    if role is not None:
+        if variables.values.get("LORA_ALLOW", "").strip():
+            yield (
+                f"{variables.described('LORA_ALLOW')}: a cluster loads no adapters on request, because only the head "
+                "would have their files. Name them in LORA_MODULES."
+            )
+        yield from sizes.mistakes(Shape(role.nodes, role.gpus), Chosen.of(variables.values, variables.origins))
 
 
 def _warnings(settings: Settings) -> Iterator[str]:
@@ -84,6 +105,8 @@ def _warnings(settings: Settings) -> Iterator[str]:
                 yield f"{name} names a secret that RunPod has not replaced. Create it, or correct its name."
     if settings.is_pod and settings.mode == "http" and not settings.worker_api_key:
         yield "WORKER_API_KEY is not set: anybody who knows the pod's address can use the worker."
+    if settings.role is not None and not (settings.cluster_key or settings.worker_api_key):
+        yield "CLUSTER_KEY is not set: any machine that reaches CLUSTER_PORT can join the cluster."
     if settings.adapter_folder and not settings.lora_allow:
         yield "ADAPTER_FOLDER has no effect without LORA_ALLOW. It lists the adapters that requests may load."
     if (limit := settings.max_concurrency or 0) > MAX_CONCURRENCY:

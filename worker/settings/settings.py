@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, field_validator
 
 from worker import redaction
+from worker.cluster.role import Role
 from worker.settings.libraries import Libraries
 from worker.settings.sources import DEFAULT_MODEL, Variables
 
@@ -145,6 +146,12 @@ class Settings(BaseModel):
     `leave` it to RunPod, which may give it to another worker. Jobs with output always fail."""
     engine_stall_timeout: float = Field(default=300.0, gt=0)
     """Seconds without any sign of life after which an engine with requests counts as dead."""
+    cluster_port: int = Field(default=29560, ge=1, le=65535)
+    """The port of the head of a cluster, on which its nodes agree and notice that one is lost."""
+    cluster_timeout: float = Field(default=600.0, gt=0)
+    """Seconds that the nodes of a cluster wait for each other when they start."""
+    cluster_key: str | None = None
+    """The key that a node needs to join the cluster: the same on every node. Default: derived from `WORKER_API_KEY`."""
     startup_failure: Annotated[Literal["report", "exit"], Lowercase] = "report"
     """What a worker does that cannot start: `report` the cause to its callers for a while, or `exit` at once."""
     lora_allow: tuple[str, ...] = ()
@@ -152,6 +159,18 @@ class Settings(BaseModel):
     patterns such as `ORG/*`, separated by commas. Default: only the adapters in `LORA_MODULES`."""
     adapter_folder: str | None = None
     """A folder whose subfolders are LoRA adapters. Requests may load those that `LORA_ALLOW` matches."""
+    max_batch_bytes: int = Field(default=10_000_000_000, ge=1)
+    """The largest file that a batch may have as its input behind a link, in bytes."""
+    batch_folder: str | None = None
+    """The folder for `/v1/files` and `/v1/batches` over HTTP, for example on the network volume. Default: these routes
+    answer 404."""
+    batch_keep_days: float = Field(default=30.0, gt=0)
+    """Days for which files and ended batches in `BATCH_FOLDER` are kept. A batch that has not ended by then expires."""
+    max_batch_file_bytes: int = Field(default=1_000_000_000, ge=1)
+    """The largest file that callers may upload to `BATCH_FOLDER`, in bytes."""
+    max_batch_folder_bytes: int = Field(default=100_000_000_000, ge=1)
+    """The most bytes of all files in `BATCH_FOLDER`: beyond it no file is accepted. Results of batches are still
+    written."""
     result_folder: str | None = None
     """The folder that keeps results too large for RunPod's queue, for example on the network volume."""
     bucket_endpoint_url: str | None = None
@@ -219,6 +238,16 @@ class Settings(BaseModel):
         """The variables of vLLM, CUDA and the Hugging Face libraries that the worker reads too."""
         return Libraries.of(self._variables.values)
 
+    @cached_property
+    def role(self) -> Role | None:
+        """The machine's role in a cluster; None for a single machine, and where Ray connects the machines."""
+        return Role.of(self._variables.values, self._variables.described)
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether this machine only computes for the head of a cluster."""
+        return self.role is not None and self.role.is_follower
+
     def public(self) -> dict[str, Any]:
         """Return every setting without secrets; of the secret ones only those that are set, as `***`."""
         values = {name: redaction.public(getattr(self, name), name) for name in type(self).model_fields}
@@ -259,7 +288,8 @@ class Settings(BaseModel):
     @property
     def ports(self) -> tuple[int, ...]:
         """The ports to open in this mode; the HTTP server's own comes first."""
-        http = (self.port or (80 if self.runpod_endpoint_id else 8000)) if self.mode == "http" else None
+        has_http = self.mode == "http" or self.is_follower
+        http = (self.port or (80 if self.runpod_endpoint_id else 8000)) if has_http else None
         return tuple(dict.fromkeys(port for port in (http, self.port_health, self.metrics_port) if port))
 
     @property

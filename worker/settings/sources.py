@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from worker import redaction
+from worker.cluster.role import NODES
 from worker.errors import ConfigurationError
 from worker.settings import flags, legacy
 
@@ -31,8 +32,8 @@ OLD_MEDIA_LIMITS = re.compile(r"\w+=\d+(,\w+=\d+)*")
 IN_FILES_ONLY = frozenset({"MODEL"})
 """Aliases that count in a file only: in an environment, so common a name may belong to another program."""
 CLUSTER_VARIABLES = frozenset({"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"})
-"""Variables that RunPod sets on every machine of a cluster. They are vLLM's flags only if NNODES is set too."""
-FOREIGN = re.compile("(VLLM|HF|RUNPOD|CUDA|NVIDIA|NCCL|PYTORCH|OTEL|XDG|LC|SSL)_|TORCH|PYTHON")
+"""Variables that RunPod sets on every machine of a cluster. They count only if there are several machines."""
+FOREIGN = re.compile("(VLLM|HF|RUNPOD|CUDA|NVIDIA|NCCL|GLOO|PYTORCH|OTEL|XDG|LC|SSL)_|TORCH|PYTHON")
 """Variables with these prefixes belong to other programs and are never taken for misspelt settings."""
 
 
@@ -78,11 +79,11 @@ def collect(environ: Mapping[str, str]) -> Variables:
         for old_name, more in _renamed(source, warnings):
             add(more, old_name if origin == ENVIRONMENT else origin)
 
-    is_cluster = not legacy.is_unset("NNODES", environ.get("NNODES", ""))
-    ignored = IN_FILES_ONLY if is_cluster else IN_FILES_ONLY | CLUSTER_VARIABLES
-    add_source({name: value for name, value in environ.items() if name not in ignored}, ENVIRONMENT)
+    add_source({name: value for name, value in environ.items() if name not in IN_FILES_ONLY}, ENVIRONMENT)
     if path := values.get("VLLM_CONFIG_FILE"):
         add_source(_read_file(path), Path(redaction.public(path)).name)
+    if all(values.get(name, "1").strip() == "1" for name in NODES):
+        values = {name: value for name, value in values.items() if name not in CLUSTER_VARIABLES}
     add({"MODEL_NAME": DEFAULT_MODEL}, "default")
     if (preset := _preset(values)) is not None:
         # Without chunked prefill, vLLM needs batches as long as the context, which is its default then.

@@ -5,7 +5,7 @@ The metrics are in the same Prometheus registry as vLLM's, so `/metrics` shows b
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from worker import __version__
+from worker.resume import Resumes
+from worker.telemetry.batches import BatchTelemetry
 from worker.telemetry.usage import Usage, current_usage
 
 Outcome = Literal["ok", "client_error", "engine_error", "cancelled", "timeout"]
@@ -56,13 +58,20 @@ class Record:
     trace_headers: dict[str, str] = field(default_factory=dict)
     """Headers that make the engine's spans children of the job's span; empty without tracing."""
     usage: Usage = field(default_factory=Usage)
-    began: float = field(default_factory=time.time)
+    began: float = 0.0
     """Seconds since the epoch, like the engine's times."""
-    _clock: float = field(default_factory=time.monotonic)
+    resumes: Resumes = field(default_factory=Resumes)
+    _clock: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.arrived()
 
     def arrived(self) -> None:
         """Start the clock: the request is complete."""
-        self.began, self._clock = time.time(), time.monotonic()
+        self.began, self._clock = time.time(), self._waking_time()
+
+    def _waking_time(self) -> float:
+        return time.monotonic() - self.resumes.frozen_seconds
 
     def ended_with(self, status: int) -> None:
         """Note the HTTP status with which the job ended. A queue job has the status that it would have over HTTP."""
@@ -70,10 +79,9 @@ class Record:
         self.outcome = outcome_of(status)
 
     def summary(self) -> dict[str, Any]:
-        """Return the fields of the log line. Times are in seconds."""
-        total, usage = time.monotonic() - self._clock, self.usage.total()
-        tokens = usage.completion_tokens
-        to_first = None if usage.first_token_at is None else max(usage.first_token_at - self.began, 0.0)
+        """Return the fields of the log line. Times are in seconds, without those in which the worker was frozen."""
+        total, usage = max(self._waking_time() - self._clock, 0.0), self.usage.total()
+        tokens, to_first = usage.completion_tokens, self._until(usage.first_token_at)
         decoding = total - to_first if to_first is not None and tokens > 1 else 0.0
         return {
             "request_id": self.request_id,
@@ -93,17 +101,32 @@ class Record:
             "status": self.status,
         }
 
+    def _until(self, moment: float | None) -> float | None:
+        return None if moment is None else max(moment - self.began - self.resumes.frozen(self.began, moment), 0.0)
+
 
 class Telemetry:
     """The metrics of all jobs, and the records of those that run."""
 
-    def __init__(self, model: str, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(
+        self,
+        model: str,
+        registry: CollectorRegistry = REGISTRY,
+        clock: Callable[[], float] = time.monotonic,
+        resumes: Resumes | None = None,
+    ) -> None:
         self._model = model
+        self._resumes = resumes or Resumes()
+        self._clock = clock
         self.registry = registry
         # Does nothing until vLLM has set up tracing.
         self._tracer = trace.get_tracer("worker")
         self.running = self.ended = 0
-        """Jobs that run or wait, and jobs that have ended."""
+        """Jobs that run or wait, and jobs that have ended; the lines of a batch count, too."""
+        self._lines: set[Usage] = set()
+        """Those of the lines of a batch that run."""
+        self._last_caller = -float("inf")
+        self.batches = BatchTelemetry(registry)
         self.last_error: dict[str, Any] | None = None
         """The last job that failed through no fault of its caller: its request id, time and status."""
         counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
@@ -126,31 +149,55 @@ class Telemetry:
         self._media = counter("worker_media", "Images, videos and so on in prompts.", ["modality"])
         self.refused = counter("worker_refused", "HTTP requests refused before they reached the engine.", ["status"])
         self.stream_posts = counter("worker_stream_posts", "Parts of streams posted to RunPod's queue.")
+        self._resumes.listen(counter("worker_resumes", "Times that the worker went on after it was frozen.").inc)
 
     @contextmanager
-    def job(self, request_id: str, route: str, headers: Mapping[str, str], key: str = "") -> Iterator[Record]:
+    def job(
+        self, request_id: str, route: str, headers: Mapping[str, str], key: str = "", is_line: bool = False
+    ) -> Iterator[Record]:
         """Keep the record of one job. The engine adds its requests within the block to the job's usage.
 
-        `key` is the name of the caller's API key, out of those in the settings.
+        `key` is the name of the caller's API key, out of those in the settings. `is_line`: it is a line of a batch.
         If `headers` name the caller's span, it becomes the parent of the job's span.
         """
         span = self._tracer.start_span("job", _PROPAGATOR.extract(headers), SpanKind.SERVER)
         # The job loop sets the usage of a queue job, to see when the job reaches the engine.
-        record = Record(request_id, route, key, usage=current_usage.get() or Usage())
+        record = Record(request_id, route, key, usage=current_usage.get() or Usage(), resumes=self._resumes)
         _PROPAGATOR.inject(record.trace_headers, trace.set_span_in_context(span))
         token = current_usage.set(record.usage)
         self.running += 1
+        if is_line:
+            self._lines.add(record.usage)
         try:
             yield record
         finally:
             self.running -= 1
             self.ended += 1
+            if is_line:
+                self._lines.remove(record.usage)
+            else:
+                self._last_caller = self._clock()
             current_usage.reset(token)
             span.set_attributes({"request_id": request_id, "route": record.route, "outcome": record.outcome})
             span.end()
-            self._report(record)
+            self._report(record, logging.DEBUG if is_line else logging.INFO)
 
-    def _report(self, record: Record) -> None:
+    @property
+    def lines(self) -> int:
+        """The lines of a batch among the jobs that run."""
+        return len(self._lines)
+
+    @property
+    def lines_in_engine(self) -> int:
+        """Those of them that have reached the engine: the others are being fetched and decoded."""
+        return sum(usage.has_reached_engine for usage in self._lines)
+
+    @property
+    def quiet_seconds(self) -> float:
+        """Seconds since a job ran that is no line of a batch; 0 while one runs."""
+        return 0.0 if self.running > self.lines else self._clock() - self._last_caller
+
+    def _report(self, record: Record, level: int) -> None:
         summary = record.summary()
         media = {kind: count for kind, count in summary["modalities"].items() if kind != "text"}
         self._jobs.labels(record.route, record.outcome, "+".join(sorted(media)) or "text").inc()
@@ -172,7 +219,8 @@ class Telemetry:
             self._rejected.labels(reason).inc()
         if record.outcome == "engine_error":
             self.last_error = {"request_id": record.request_id, "at": round(time.time()), "status": record.status}
-        log.info(
+        log.log(
+            level,
             "Job %s %s after %.3f s, %d tokens in, %d out",
             record.request_id,
             record.outcome,

@@ -126,6 +126,11 @@ class CauseFile(logging.Handler):
                 file.write(f"{type(error).__name__}: {self._remove(' '.join(str(error).split()))}")
 
 
+def first_cause(file: Path) -> str | None:
+    """Return what a `CauseFile` has written to its file, or None."""
+    return file.read_text() if file.is_file() else None
+
+
 def configuration(
     form: Format,
     level: str,

@@ -27,9 +27,9 @@ class StartupPhases:
             self.add(name, time.monotonic() - began)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add a phase whose duration is known."""
-        self.seconds[name] = round(seconds, 3)
-        self._gauge.labels(name).set(seconds)
+        """Add the known duration of a phase, or of another part of it."""
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
+        self._gauge.labels(name).inc(seconds)
         log.info("Start: %s took %.3f s", name, seconds, extra={"phase": name, "seconds": round(seconds, 3)})
 
     def report(self, **details: object) -> None:
