@@ -5,12 +5,13 @@ UV_VERSION := 0.13.9
 LOCK := builder/requirements-cpu.txt
 READY := .venv/.ready
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses=auto --dist=loadfile
 UNIT := $(addprefix tests/,settings request telemetry media model http queue batch) $(wildcard tests/test_*.py)
 # The embedded model and its settings, as environment variables.
 TINY := set -a && . tests/models/tiny-vlm.env && set +a
 
-.PHONY: help setup run test test-unit check clients conformance batch-demo batch-kills cluster-demo cluster-tests bench bench-batch bench-coldstart bench-flashboot bench-cluster endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check image-check model clean
+.PHONY: help setup run test test-unit coverage check clients conformance batch-demo batch-kills cluster-demo cluster-tests bench bench-batch bench-coldstart bench-flashboot bench-cluster endurance simulate soak hostile fuzz cancellation audit monitoring browser local-endpoint lock generate generated release-check image-check model clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -35,24 +36,27 @@ run: setup ## Run the job in test_input.json with the embedded model, and exit
 	@echo "Starting the worker with the embedded model. This takes about half a minute. Its log is in .run.log." >&2
 	@$(TINY) && $(BIN)/python handler.py 2>.run.log || { code=$$?; tail -n 20 .run.log >&2; exit $$code; }
 
-test: setup ## Run all tests and measure the coverage of worker/
+test: setup ## Run all tests
+	@$(PYTEST) tests --ignore=tests/end_to_end $(PARALLEL)
+	@$(PYTEST) tests/end_to_end --durations=15
+
+coverage: setup ## Run all tests and measure the coverage of worker/; takes half as long again as `make test`
 	@rm -rf .coverage
-	@$(BIN)/coverage run -m pytest tests --ignore=tests/end_to_end $(PARALLEL)
-	@$(BIN)/coverage run -m pytest tests/end_to_end --durations=15
+	@$(MAKE) --no-print-directory test PYTEST="$(BIN)/coverage run -m pytest"
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
 test-unit: setup ## Run the tests that need neither the engine nor worker processes, in less than a minute
-	@$(BIN)/python -m pytest $(UNIT) $(PARALLEL)
+	@$(PYTEST) $(UNIT) $(PARALLEL)
 
 check: setup ## Check format, lint and types, and that vLLM and the SDK still have what the code relies on
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest tests/project/test_drift.py
+	@$(PYTEST) tests/project/test_drift.py
 
 clients: setup .venv-clients/.ready ## Test the worker with popular client libraries, installed in .venv-clients
-	@$(BIN)/python -m pytest tests/end_to_end/test_clients.py
+	@$(PYTEST) tests/end_to_end/test_clients.py
 
 .venv-clients/.ready: builder/requirements-clients.txt | setup
 	@echo "Installing the client libraries in $<"
@@ -79,13 +83,13 @@ batch-demo: setup ## Answer a file of 500 requests with the embedded model, half
 	@$(BIN)/python -m bench.batch_demo
 
 batch-kills: setup ## Kill and cancel batches on the real engine, and measure memory over 100,000 lines; takes long
-	@BATCH_KILLS=20 $(BIN)/python -m pytest tests/end_to_end/test_batch_kills.py -rP
+	@BATCH_KILLS=20 $(PYTEST) tests/end_to_end/test_batch_kills.py -rP
 
 cluster-demo: setup ## Ask two workers on two machines, as network namespaces, about an image, and kill one; needs root
 	@$(BIN)/python -m bench.cluster_demo
 
 cluster-tests: setup ## Run clusters of two machines with the real engine through all failures; needs root; takes long
-	@CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/end_to_end/test_cluster.py tests/cluster/test_network.py -rP
+	@CLUSTER_TESTS=1 $(PYTEST) tests/end_to_end/test_cluster.py tests/cluster/test_network.py -rP
 
 bench: setup ## Compare the worker's speed with vllm serve, and its media loading with vLLM's; takes long; BENCH="--rounds 1" is shorter
 	@$(BIN)/python -m bench $(BENCH)
@@ -114,10 +118,10 @@ soak: setup ## Run mixed jobs, cancellations and faults for 15 minutes; SOAK="--
 	@$(BIN)/python -m bench.soak $(SOAK)
 
 hostile: setup ## Attack a worker with hostile files and bodies, and print what each costs; needs an idle machine
-	@HOSTILE_SLOWNESS=1 $(BIN)/python -m pytest tests/end_to_end/test_hostile.py -rP
+	@HOSTILE_SLOWNESS=1 $(PYTEST) tests/end_to_end/test_hostile.py -rP
 
 fuzz: setup ## Fuzz the parsers and decoders of client input, guided by coverage; FUZZ_SECONDS=60
-	@FUZZ_EXAMPLES=20000 $(BIN)/python -m pytest tests/project/test_fuzz.py
+	@FUZZ_EXAMPLES=20000 $(PYTEST) tests/project/test_fuzz.py
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python atheris==3.0.0
 	@mkdir -p .fuzz && $(BIN)/python -m tests.fuzz.guided .fuzz -max_total_time=$(or $(FUZZ_SECONDS),60) -timeout=10 -rss_limit_mb=4096
 
@@ -129,7 +133,7 @@ audit: setup ## Check the packages that the image installs for known vulnerabili
 
 monitoring: setup ## Test the scrape configuration and the alerts with Prometheus, from Debian's packages
 	@mkdir -p .prometheus && cd .prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .
-	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(BIN)/python -m pytest tests/end_to_end/test_monitoring.py
+	@PATH="$$PWD/.prometheus/usr/bin:$$PATH" $(PYTEST) tests/end_to_end/test_monitoring.py
 
 browser: setup ## Install Chromium from Debian's packages for the playground's test
 	@[ "$$(id -u)" = 0 ] || \
@@ -146,7 +150,7 @@ generate: setup ## Regenerate the files that list the settings: the Hub's form a
 generated: setup ## Check that the generated files are current
 	@$(BIN)/python builder/generate.py --check 2>/dev/null
 
-release-check: setup ## Run all checks before a release and print a table; RELEASE="check test" for some of them
+release-check: setup ## Run all checks before a release and print a table; RELEASE="check coverage" for some of them
 	@$(BIN)/python builder/release_check.py $(RELEASE)
 
 image-check: ## Build both images, run them in many ways, and print a table; needs docker or podman, or root on Debian

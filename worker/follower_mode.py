@@ -33,20 +33,20 @@ class FollowerMode(HttpMode):
     async def _engine_has_died(self) -> None:
         await self.worker.headless.died()
         # At once: requests on the head wait for this engine.
-        await asyncio.to_thread(self._cluster.left, "has failed: its engine has died")
+        await asyncio.to_thread(self._cluster.leave, "has failed: its engine has died")
 
     async def _follow(self) -> None:
         """Become ready when the head is."""
         while not self._cluster.is_serving:  # noqa: ASYNC110 - another thread notices it
             await asyncio.sleep(CHECK_SECONDS)
-        self._cluster.serving()
+        self._cluster.announce_ready()
         self.worker.own_routes.engine = self.worker.headless.facts
         self.worker.lifecycle.ready(lambda: self.worker.headless.is_dead)
 
     async def _announce_stop(self) -> None:
         """Tell the head that this node is being stopped, so that the head's requests can end first."""
         await self.worker.lifecycle.stopping.wait()
-        await asyncio.to_thread(self._cluster.left)
+        await asyncio.to_thread(self._cluster.leave)
 
     async def _head_has_ended(self, seconds: float) -> None:
         with suppress(TimeoutError):

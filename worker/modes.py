@@ -62,20 +62,20 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
                     mode.load()
                     code = mode.serve()
                 if mode.ends_by_itself:
-                    worker.cluster.left(FINISHED)
+                    worker.cluster.leave(FINISHED)
                 return code
         except StartupError as error:
             if mode.stopped_by is not None and worker.cluster.problem is None:
                 # The signal's exception became another one in a library.
                 sys.exit(mode.exit_code)
             if not isinstance(worker.cluster.problem, ConfigurationError):
-                worker.cluster.left("has failed")
+                worker.cluster.leave("has failed")
             if not isinstance(error, ConfigurationError):
                 worker.lifecycle.fail(str(error))
                 raise
             problem = problem or error
         except Exception:
-            worker.cluster.left("has failed")
+            worker.cluster.leave("has failed")
             raise
         if worker.settings.startup_failure == "exit":
             raise problem

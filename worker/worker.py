@@ -14,7 +14,7 @@ import psutil
 
 from worker import joining
 from worker.batch.service import BatchService
-from worker.cluster.cluster import Alone, Cluster
+from worker.cluster.cluster import Cluster, SingleMachine
 from worker.cluster.link import PATIENCE_SECONDS
 from worker.errors import Json, StartupError
 from worker.http import batch_routes
@@ -48,7 +48,7 @@ class Worker:
         self.telemetry = Telemetry(settings.model_name, resumes=self.lifecycle.resumes)
         self.startup_phases = StartupPhases()
         self.pipeline = Pipeline(settings, self.lifecycle, self.telemetry)
-        self.cluster: Cluster = Alone()
+        self.cluster: Cluster = SingleMachine()
         """The other machines, from the beginning of `load` on."""
         self.own_routes = OwnRoutes(
             self.lifecycle,
@@ -176,7 +176,7 @@ class Worker:
         self.own_routes.engine = {**self.engine.describe(), "load_format": self._details.get("load_format")}
         self.gate.open(app, self.concurrency)
         self.lifecycle.ready(lambda: self.engine.is_dead)
-        self.cluster.serving()
+        self.cluster.announce_ready()
         if self._compile_cache is not None:
             threading.Thread(target=self._compile_cache.save, name="compile cache", daemon=True).start()
         return app
@@ -198,7 +198,7 @@ class Worker:
 
     def shutdown(self) -> None:
         """Announce that this node leaves, and end the engine's processes."""
-        self.cluster.left()
+        self.cluster.leave()
         self.end_engine()
 
     def end_engine(self) -> None:

@@ -15,7 +15,7 @@ from tests.support.node import Nodes, cluster
 from tests.support.ports import free_port
 from tests.support.together import together
 from worker.cluster import terms
-from worker.cluster.cluster import FINISHED, Alone
+from worker.cluster.cluster import FINISHED, SingleMachine
 from worker.cluster.head import Head
 from worker.cluster.link import Place
 from worker.cluster.role import Role
@@ -262,8 +262,8 @@ def test_a_node_may_say_twice_that_it_ends() -> None:
     for _ in range(50):
         head = Head(Place(role, "127.0.0.1", free_port(), timeout=5), terms.of({}))
         head.join()
-        head.left("has failed")
-        head.left()
+        head.leave("has failed")
+        head.leave()
         head._probed.close()
 
 
@@ -277,11 +277,11 @@ def test_a_network_that_lets_only_the_known_port_pass_ends_both(nodes: Nodes) ->
 
 
 def test_a_single_machine_waits_for_nobody() -> None:
-    alone = Alone()
+    alone = SingleMachine()
     alone.join()
     alone.wait()
     alone.agree(terms.of({"DTYPE": "bfloat16"}))
-    alone.serving()
+    alone.announce_ready()
     alone.check()
-    alone.left()
+    alone.leave()
     assert (alone.describe(), alone.problem, alone.finished) == ({}, None, False)

@@ -235,7 +235,6 @@ def test_a_plan_with_a_drawback_causes_a_warning(of: Model, chosen: Chosen, warn
     assert warning in found
 
 
-def test_sizes_of_a_preset_are_not_chosen_by_hand() -> None:
-    values = {"TENSOR_PARALLEL_SIZE": "8", "PIPELINE_PARALLEL_SIZE": "2", "DATA_PARALLEL_SIZE": "auto"}
-    assert Chosen.of(values, {"TENSOR_PARALLEL_SIZE": "preset x"}) == Chosen(None, 2, None)
-    assert Chosen.of({"TENSOR_PARALLEL_SIZE": "0", "DATA_PARALLEL_SIZE": "2"}, {}) == Chosen(None, None, 2)
+def test_only_positive_numbers_are_chosen_sizes() -> None:
+    values = {"TENSOR_PARALLEL_SIZE": "0", "PIPELINE_PARALLEL_SIZE": "2", "DATA_PARALLEL_SIZE": "auto"}
+    assert Chosen.of(values) == Chosen(None, 2, None)

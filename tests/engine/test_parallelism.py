@@ -15,8 +15,9 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from tests.support import tiny
 from worker import settings
 from worker.engine import parse_arguments
-from worker.engine.parallelism import divide, has_experts
+from worker.engine.parallelism import divide
 from worker.errors import ConfigurationError
+from worker.model.divisibility import has_experts
 
 
 def parallel_arguments(folder: Path, config: dict[str, Any], gpus: int, environ: dict[str, str]) -> Any:

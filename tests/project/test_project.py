@@ -81,7 +81,9 @@ def test_scripts_of_workflows_are_valid(path: Path) -> None:
 
 
 def test_ci_runs_the_local_commands() -> None:
-    assert ".ci/run" in [step.get("run") for step in steps(GITHUB / "workflows/ci.yml")]
+    workflow = GITHUB / "workflows/ci.yml"
+    assert read(workflow)["jobs"]["test"]["strategy"]["matrix"]["command"] == [".ci/run", "make coverage"]
+    assert "$COMMAND" in [step.get("run") for step in steps(workflow)]
     targets = re.findall(r"^make ([\w-]+)", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert targets == ["check", "test"]
     assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)

@@ -216,6 +216,13 @@ def test_a_preset_can_be_chosen_by_name_and_turned_off() -> None:
     assert preset_of(MODEL_NAME="openai/gpt-oss-20b", PRESET="none") is None
 
 
+def test_the_settings_of_a_preset_are_not_chosen_by_the_user() -> None:
+    variables = sources.collect({"PRESET": "qwen2.5-vl-72b", "MAX_MODEL_LEN": "1024"})
+    assert variables.values["TENSOR_PARALLEL_SIZE"] == "8"
+    assert variables.chosen["MAX_MODEL_LEN"] == "1024"
+    assert "TENSOR_PARALLEL_SIZE" not in variables.chosen
+
+
 def test_a_preset_without_settings_only_keeps_other_presets_away() -> None:
     presets = sources.presets()
     empty = [pattern for each in presets if not each["settings"] for pattern in each["models"]]

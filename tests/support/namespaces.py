@@ -16,13 +16,14 @@ _NUMBERS = count()
 
 
 def obstacle() -> str | None:
-    """Return why this user cannot create network namespaces here, or None."""
+    """Return why the tests cannot have machines of their own here, or None."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         return "Network namespaces need root and the command ip (package iproute2)."
-    name = f"probe-{os.getpid()}"
-    if (tried := subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)).returncode != 0:
-        return f"Network namespaces cannot be created here: {tried.stderr.strip()}."
-    ip("netns", "delete", name)
+    try:
+        with cable(machines=1) as network:
+            subprocess.run([*network.prefix(0), "unshare", "--mount", "true"], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        return f"Network namespaces cannot be used here: {error.stderr.decode().strip()}."
     return None
 
 

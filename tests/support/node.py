@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 from tests.support.tiny import ROOT
 from worker.cluster import terms
+from worker.cluster.follower import Follower
 from worker.cluster.head import Head
 from worker.cluster.link import Link, Place
-from worker.cluster.member import Member
 from worker.cluster.role import Role
 from worker.errors import EngineDiedError, StartupError
 
@@ -118,7 +118,7 @@ def say(text: object) -> None:
     print(text, flush=True)
 
 
-class BehindFirewall(Member):
+class BehindFirewall(Follower):
     """Names a port that nobody can reach."""
 
     def join(self) -> None:
@@ -141,7 +141,7 @@ def link_of(options: dict[str, Any], stopping: threading.Event) -> Link:
     versions = terms.of(options["versions"])
     if options["unreachable"]:
         return BehindFirewall(place, versions)
-    return Head(place, versions, stopping.set) if role.is_head else Member(place, versions)
+    return Head(place, versions, stopping.set) if role.is_head else Follower(place, versions)
 
 
 def run(options: dict[str, Any]) -> int:
@@ -157,7 +157,7 @@ def run(options: dict[str, Any]) -> int:
     engine = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     engine.start()
     say(f"engine {engine.pid}")
-    cluster.serving()
+    cluster.announce_ready()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     return serve(options, cluster, engine, stopped, stopping)
 
@@ -172,10 +172,10 @@ def serve(
             served = True
         if options["rank"] == 0 and ((served and options["end"]) or stopped.is_set() or stopping.is_set()):
             engine.kill()
-            cluster.left(options["end"] or ("was stopped" if stopped.is_set() else "ends because a node was stopped"))
+            cluster.leave(options["end"] or ("was stopped" if stopped.is_set() else "ends because a node was stopped"))
             return 1 if stopping.is_set() else 0
         if stopped.is_set() and not left:
-            cluster.left()
+            cluster.leave()
             left = True
         time.sleep(0.02)
     if cluster.finished:
@@ -183,7 +183,7 @@ def serve(
     if options["hangs"]:
         time.sleep(600)
     cluster.check()
-    cluster.left("has failed: its engine has died")
+    cluster.leave("has failed: its engine has died")
     raise EngineDiedError
 
 

@@ -54,11 +54,11 @@ class Cluster(ABC):
         """
 
     @abstractmethod
-    def serving(self) -> None:
+    def announce_ready(self) -> None:
         """Tell the others that this node's part of the model is loaded; the head, that it answers requests."""
 
     @abstractmethod
-    def left(self, what: str = STOPPED) -> None:
+    def leave(self, what: str = STOPPED) -> None:
         """Tell the others that this node is about to end; `what` is the rest of a sentence about it.
 
         The head's connections are closed. A follower that `was stopped` stays until the head has ended.
@@ -69,7 +69,7 @@ class Cluster(ABC):
         """Return role, rank and nodes, for `/health`."""
 
 
-class Alone(Cluster):
+class SingleMachine(Cluster):
     """One machine."""
 
     def __init__(self) -> None:
@@ -87,10 +87,10 @@ class Alone(Cluster):
     def check(self, patience: float = 0.0) -> None:
         """Do nothing."""
 
-    def serving(self) -> None:
+    def announce_ready(self) -> None:
         """Do nothing."""
 
-    def left(self, what: str = STOPPED) -> None:
+    def leave(self, what: str = STOPPED) -> None:
         """Do nothing."""
 
     def describe(self) -> Json:

@@ -70,9 +70,9 @@ class Head(Link):
         self._roster = Roster(join, self.place.timeout, now(), self.place.silence)
         super().join()
 
-    def serving(self) -> None:
+    def announce_ready(self) -> None:
         """Tell the others that requests are answered."""
-        super().serving()
+        super().announce_ready()
         self.is_serving = True
         self._call(self._beat)
 

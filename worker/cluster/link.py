@@ -108,7 +108,7 @@ class Link(Cluster):
             except OSError as error:
                 self.check(PATIENCE_SECONDS)
                 peer = name_of(rank, address)
-                self.left(f"cannot reach {peer}")
+                self.leave(f"cannot reach {peer}")
                 raise StartupError(
                     f"This node cannot reach {peer} at port {port}: {reason_of(error)}. vLLM uses ports that the "
                     "operating system chooses. Allow all TCP connections between the nodes."
@@ -126,11 +126,11 @@ class Link(Cluster):
             self._ending.noticed()
             raise self.problem
 
-    def serving(self) -> None:
+    def announce_ready(self) -> None:
         """Tell the others that this node's part of the model is loaded."""
         self.phase = "ready"
 
-    def left(self, what: str = STOPPED) -> None:
+    def leave(self, what: str = STOPPED) -> None:
         """Tell the others that this node is about to end. Only the first call counts."""
         if self._thread.is_alive() and not self._has_left:
             self._has_left = True

@@ -53,13 +53,12 @@ class Chosen:
     expert: bool | None = None
 
     @classmethod
-    def of(cls, values: Mapping[str, str], origins: Mapping[str, str]) -> Self:
-        """Read the sizes from variables. Those of a preset are for one machine, and do not count."""
+    def of(cls, values: Mapping[str, str]) -> Self:
+        """Read the sizes from variables. Leave those of a preset out: they are for one machine."""
 
         def size(name: str) -> int | None:
             text = values.get(name, "").strip()
-            is_chosen = text.isascii() and text.isdecimal() and not origins.get(name, "").startswith("preset")
-            return int(text) or None if is_chosen else None
+            return int(text) or None if text.isascii() and text.isdecimal() else None
 
         return cls(size(TENSOR), size(PIPELINE), size(DATA))
 

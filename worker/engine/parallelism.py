@@ -1,10 +1,7 @@
 """Chooses how the model is divided among GPUs: on one machine the tensor parallel size, on several all sizes."""
 
 import argparse
-import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,15 +12,11 @@ from vllm.platforms import current_platform
 from worker.cluster import sizes
 from worker.cluster.role import Role
 from worker.cluster.sizes import DATA, PIPELINE, TENSOR, Chosen, Fits, Model, Shape, Sizes
-from worker.errors import ConfigurationError, Json
-from worker.model.fit import language_parts
+from worker.errors import ConfigurationError
+from worker.model.divisibility import has_experts, largest_size
 from worker.settings import Settings
 
-log = logging.getLogger(__name__)
-
 SHORT_FLAGS = {TENSOR: "tp", PIPELINE: "pp", DATA: "dp", "ENABLE_EXPERT_PARALLEL": "ep"}
-EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-"""The fields of a configuration that have a model's number of experts. vLLM reads the same, and `block_configs`."""
 OLDEST_FOR_CLUSTERS = (0, 32)
 EAGER_PIPELINE_ON_CPU = (
     f"{PIPELINE}: with ENFORCE_EAGER=true, vLLM 0.32 fails at the first request on CPUs. Set ENFORCE_EAGER=false, or "
@@ -81,7 +74,7 @@ def divide(
         division = _divide_among_nodes(args, settings, settings.role, gpus, fits, addresses)
     elif _is_left_to_worker(settings, gpus or 1):
         per_copy = (gpus or 1) // (args.pipeline_parallel_size * args.data_parallel_size)
-        args.tensor_parallel_size = _largest_size(Path(args.model), per_copy)
+        args.tensor_parallel_size = largest_size(Path(args.model), per_copy)
     if gpus is None and args.data_parallel_size > 1 and has_experts(Path(args.model)):
         raise ConfigurationError(EXPERTS_ON_CPUS)
     if args.tensor_parallel_size > 1 and not _is_set(settings, "MM_ENCODER_TP_MODE"):
@@ -98,7 +91,7 @@ def _divide_among_nodes(
     addresses: Mapping[int, str],
 ) -> Sizes:
     shape = _shape(role, gpus)
-    model = Model(partial(_largest_size, Path(args.model)), fits, has_experts(Path(args.model)))
+    model = Model(partial(largest_size, Path(args.model)), fits, has_experts(Path(args.model)))
     division = sizes.choose(shape, model, _chosen(args, settings))
     args.tensor_parallel_size, args.pipeline_parallel_size = division.tensor, division.pipeline
     args.data_parallel_size, args.enable_expert_parallel = division.data, division.expert
@@ -119,10 +112,10 @@ def _shape(role: Role, gpus: int | None) -> Shape:
 
 def _chosen(args: argparse.Namespace, settings: Settings) -> Chosen:
     """Return the sizes that the user has chosen. Those of a preset are for one machine, and do not count."""
-    origins = settings.variables.origins
+    variables = settings.variables
 
     def is_chosen(name: str) -> bool:
-        is_left = origins.get(name, "").startswith("preset") or (name == TENSOR and is_auto(settings))
+        is_left = variables.is_from_preset(name) or (name == TENSOR and is_auto(settings))
         return _is_set(settings, name, SHORT_FLAGS[name]) and not is_left
 
     return Chosen(
@@ -148,69 +141,10 @@ def _is_left_to_worker(settings: Settings, gpus: int) -> bool:
     if not _is_set(settings, TENSOR, "tp") or is_auto(settings):
         return True
     size = settings.variables.values.get(TENSOR, "").strip()
-    is_preset = settings.variables.origins.get(TENSOR, "").startswith("preset")
     # A preset may ask for more GPUs than this machine has.
-    return is_preset and size.isdigit() and int(size) > gpus
+    return settings.variables.is_from_preset(TENSOR) and size.isdigit() and int(size) > gpus
 
 
 def _is_set(settings: Settings, variable: str, *short_flags: str) -> bool:
     flags = {variable.lower(), *short_flags}
     return variable in settings.variables.values or not flags.isdisjoint(extra_flags(settings))
-
-
-def _largest_size(folder: Path, gpus: int) -> int:
-    """Return the largest number of `gpus` that the model in the folder can be divided among."""
-    sizes = _read_sizes(folder)
-    if gpus > 1 and sizes is None:
-        log.warning("One of %d GPUs is used: the model's number of heads is unknown. %s can use more", gpus, TENSOR)
-    key_heads, divided = sizes or (1, [1])
-    possible = (
-        count
-        for count in range(1, gpus + 1)
-        if (key_heads % count == 0 or count % key_heads == 0) and not any(size % count for size in divided)
-    )
-    return max(possible, default=1)
-
-
-def _read_sizes(folder: Path) -> tuple[int, list[int]] | None:
-    """Return a model's number of key heads, and the other sizes that the number of GPUs must divide.
-
-    These are the number of attention heads and the widths of feed-forward layers, in blocks that share a quantization
-    scale. None if the configuration does not state the number of heads.
-    """
-    for config in _configurations(folder):
-        for part in (config, *language_parts(config)):
-            if isinstance(heads := part.get("num_attention_heads", part.get("n_heads")), int):
-                key_heads = part.get("num_key_value_heads") or part.get("n_kv_heads") or heads
-                widths = (part.get(key) for key in ("intermediate_size", "moe_intermediate_size", "hidden_dim"))
-                block = _block_width(config)
-                return key_heads, [heads, *(width // block or width for width in widths if isinstance(width, int))]
-    return None
-
-
-def has_experts(folder: Path) -> bool:
-    """Return whether the model in the folder has experts."""
-    parts = (part for config in _configurations(folder) for part in (config, *language_parts(config)))
-    return any(map(_has_experts, parts))
-
-
-def _has_experts(config: Json) -> bool:
-    blocks = [block for block in config.get("block_configs") or () if isinstance(block, dict)]
-    counts = [config.get(name) for name in EXPERTS]
-    counts += [block.get("n_routed_experts") for block in blocks if block.get("block_type") == "moe"]
-    firsts = [count[0] if isinstance(count, list) and count else count for count in counts]
-    return any(isinstance(count, int) and count > 0 for count in firsts)
-
-
-def _configurations(folder: Path) -> Iterator[Json]:
-    for name in ("config.json", "params.json"):
-        with suppress(OSError, ValueError):
-            if isinstance(config := json.loads((folder / name).read_text()), dict):
-                yield config
-
-
-def _block_width(config: Json) -> int:
-    """Return the width of the blocks that share a quantization scale, and cannot be divided; 1 without blocks."""
-    scheme = config.get("quantization_config") or {}
-    size = (scheme.get("weight_block_size") or [scheme.get("group_size")])[0]
-    return size if isinstance(size, int) and size > 0 else 1

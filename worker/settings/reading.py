@@ -91,7 +91,7 @@ def _mistakes_in_cluster(variables: Variables) -> Iterator[str]:
                 f"{variables.described('LORA_ALLOW')}: a cluster loads no adapters on request, because only the head "
                 "would have their files. Name them in LORA_MODULES."
             )
-        yield from sizes.mistakes(Shape(role.nodes, role.gpus), Chosen.of(variables.values, variables.origins))
+        yield from sizes.mistakes(Shape(role.nodes, role.gpus), Chosen.of(variables.chosen))
 
 
 def _warnings(settings: Settings) -> Iterator[str]:

@@ -21,6 +21,8 @@ from worker.errors import ConfigurationError
 from worker.settings import flags, legacy
 
 ENVIRONMENT = "environment"
+PRESET = "preset "
+"""The beginning of the source of a variable that a preset has set. The preset's name follows."""
 DEFAULT_MODEL = "Qwen/Qwen2-VL-7B-Instruct"
 ONLY_ENVIRONMENT = {"VLLM_CONFIG_FILE": "", "PRESET": "none"}
 """Variables that turn off the sources other than the environment."""
@@ -50,6 +52,15 @@ class Variables:
     def secrets(self) -> tuple[str, ...]:
         """The secrets in the values, for `redaction.remover`."""
         return redaction.secrets_in(self.values)
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The variables that the user has set, or the platform: those of a preset do not count."""
+        return {name: value for name, value in self.values.items() if not self.is_from_preset(name)}
+
+    def is_from_preset(self, variable: str) -> bool:
+        """Return whether a preset has set the variable."""
+        return self.origins.get(variable, "").startswith(PRESET)
 
     def described(self, variable: str) -> str:
         """Return the variable's name, with its source unless that is the environment."""
@@ -90,7 +101,7 @@ def collect(environ: Mapping[str, str]) -> Variables:
         is_whole = flags.boolean(values, "ENABLE_CHUNKED_PREFILL") is False
         omitted = ("MAX_NUM_BATCHED_TOKENS",) if is_whole else ()
         kept = {name: value for name, value in preset["settings"].items() if name not in omitted}
-        add(kept, f"preset {preset['name']}")
+        add(kept, f"{PRESET}{preset['name']}")
     if OLD_MEDIA_LIMITS.fullmatch(limits := values.get("LIMIT_MM_PER_PROMPT", "")):
         pairs = (pair.split("=") for pair in limits.split(","))
         values["LIMIT_MM_PER_PROMPT"] = json.dumps({kind: int(limit) for kind, limit in pairs})

@@ -21,7 +21,7 @@ CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 1.0
 
 
-class Member(Link):
+class Follower(Link):
     """Looks for the head until it is there, then stays connected."""
 
     def __init__(self, place: Place, versions: Terms) -> None:
