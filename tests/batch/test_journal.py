@@ -190,9 +190,11 @@ def test_a_kill_between_the_steps_of_finishing_loses_nothing(path: Path, order: 
 def test_the_output_of_another_batch_that_ended_first_is_not_overwritten(path: Path) -> None:
     first, second = Journal.open(path, "job-1"), Journal.open(path, "job-2")
     first.write([result(1, key="job-1")])
-    second.write([result(1, key="job-2")])
     first.finish("input")
-    with pytest.raises(InvalidRequestError, match="exists and has results of another batch"):
+    refused = pytest.raises(InvalidRequestError, match="exists and has results of another batch")
+    with refused:
+        second.write([result(1, key="job-2")])
+    with refused:
         second.finish("input")
     assert path.read_bytes() == result(1, key="job-1")
 
@@ -279,6 +281,50 @@ def test_a_worker_that_finds_the_batch_finished_does_not_replace_its_output(path
     second.write([])
     first.finish("input")
     second.finish("ended")
+    assert path.read_bytes() == result(1)
+
+
+def test_a_worker_without_a_result_does_not_take_the_journal_from_another_one(path: Path) -> None:
+    first, second = Journal.open(path, KEY), Journal.open(path, KEY)
+    second.close()
+    first.write([result(1)])
+    first.close()
+    assert ended(Journal.open(path, KEY)) == [1]
+
+
+def test_of_two_batches_that_begin_with_the_same_output_the_later_one_is_refused(path: Path) -> None:
+    first, second = Journal.open(path, KEY), Journal.open(path, "job-2")
+    first.write([result(1)])
+    with pytest.raises(InvalidRequestError, match="results of another batch"):
+        second.write([result(1, key="job-2")])
+    second.close()
+    first.finish()
+    assert path.read_bytes() == result(1)
+
+
+@pytest.mark.parametrize("cut", [2, 30, 100])
+def test_a_worker_that_writes_behind_an_incomplete_line_keeps_its_own_and_asks_the_other_again(
+    path: Path, cut: int
+) -> None:
+    journal = Journal.open(path, KEY)
+    journal.write([result(1)])
+    with part(path).open("ab") as file:
+        # A worker that was killed while it wrote this, after `journal` was opened.
+        file.write(result(2)[:-cut])
+    journal.write([result(3)])
+    assert ended(journal) == [1, 3]
+    journal.write([result(4)])
+    assert ended(Journal.open(path, KEY)) == [1, 3, 4]
+    journal.write([result(2)])
+    journal.finish()
+    assert sorted(map(str, custom_ids(path))) == ["id-1", "id-2", "id-3", "id-4"]
+
+
+def test_a_journal_that_somebody_removed_is_not_lost(path: Path) -> None:
+    journal = Journal.open(path, KEY)
+    journal.write([result(1)])
+    part(path).unlink()
+    journal.finish()
     assert path.read_bytes() == result(1)
 
 

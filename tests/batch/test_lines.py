@@ -77,6 +77,12 @@ def test_an_id_is_a_string(custom_id: object) -> None:
     assert parse(item(custom_id)) == LineError(7, None, "missing_required_parameter", message)
 
 
+def test_an_id_that_is_too_long_is_not_quoted() -> None:
+    message = "'custom_id' has 513 characters. At most 512 are possible."
+    assert parse(item("a" * 513)) == LineError(7, None, "invalid_custom_id", message)
+    assert isinstance(parse(item("a" * 512)), Line)
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "message"),
     [
@@ -87,6 +93,8 @@ def test_an_id_is_a_string(custom_id: object) -> None:
         pytest.param({"url": "/sleep"}, "invalid_url", "No route '/sleep'", id="a control route"),
         pytest.param({"url": "/metrics"}, "invalid_url", "No route '/metrics'", id="a route of the worker"),
         pytest.param({"url": "/x" * 900}, "invalid_url", "x/…' for a batch", id="a long route"),
+        pytest.param({"url": "/v1/responses/\ud800/cancel"}, "invalid_url", "ASCII characters only", id="a surrogate"),
+        pytest.param({"url": "/v1/completions?\ud800"}, "invalid_url", "ASCII", id="a surrogate in the query"),
         pytest.param({"body": None}, "missing_required_parameter", "'body' must be an object", id="no body"),
         pytest.param({"body": "{}"}, "missing_required_parameter", "'body' must be an object", id="a body as text"),
         pytest.param({"body": {"stream": True}}, "invalid_request", "'body.stream' must be false", id="a stream"),

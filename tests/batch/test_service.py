@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -101,6 +102,27 @@ def test_a_batch_that_runs_shows_its_progress_and_can_be_cancelled(tmp_path: Pat
         assert not {name for name in names_in(tmp_path) if name.startswith(".batch-unfinished")}
         # The next one runs.
         assert ended(api, create(api, upload(api, "a"))).status == "completed"
+
+
+class WithoutLocks(Store):
+    """A store on a file system that knows no locks."""
+
+    def lock(self, owner: str, batch_id: str) -> BinaryIO:
+        return (self.folder / owner / "batches" / f"{batch_id}.lock").open("ab")
+
+
+def test_a_batch_that_runs_can_be_cancelled_where_files_cannot_be_locked(tmp_path: Path) -> None:
+    chats = Chats()
+    with serving_batches(tmp_path, chats) as worker:
+        assert worker.batches is not None
+        worker.batches.store = WithoutLocks(tmp_path, 30 * DAY, 10**9)
+        api = client(worker)
+        batch_id = create(api, upload(api, "a", "wait"))
+        wait_until("the second line runs", lambda: "wait" in chats.texts)
+        assert api.batches.cancel(batch_id).status == "cancelling"
+        assert ended(api, batch_id).status == "cancelled"
+        assert ended(api, create(api, upload(api, "b"))).status == "completed"
+        assert api.batches.retrieve(batch_id).status == "cancelled"
 
 
 def test_a_batch_that_waits_is_cancelled_at_once(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The field `batch` of a job's input, and the paths that callers may name."""
 
 import base64
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def test_a_mistake_is_named_with_what_is_accepted(job_input: dict[str, Any], mes
 def test_the_kind_of_the_input_follows_from_its_text(tmp_path: Path, value: Any, kind: str) -> None:
     (tmp_path / "taken").touch()
     assert BatchSpec(input=value).input_kind(Volume(tmp_path)) == kind
+
+
+def test_a_text_full_of_spaces_does_not_block_the_worker(tmp_path: Path) -> None:
+    began = time.process_time()
+    assert BatchSpec(input="A" + " " * 100_000 + "!").input_kind(Volume(tmp_path)) == "path"
+    assert time.process_time() - began < 2
 
 
 def test_paths_may_be_relative_or_absolute(tmp_path: Path) -> None:

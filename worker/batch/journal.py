@@ -75,8 +75,11 @@ class Journal:
         if self._path in owned or is_empty_output:
             self._read_finished(path for path in owned if path != self._part)
             return
-        self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = self._open_part()
         self._catch_up_and_cut()
+
+    def _open_part(self) -> int:
+        return os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def _read_finished(self, paths: Iterable[Path]) -> None:
         for path in paths:
@@ -93,6 +96,7 @@ class Journal:
         """Append results, all but those of lines that have ended. They are in the file when this returns.
 
         Raises:
+            InvalidRequestError: another batch with the same output has written there first.
             BatchOutputError: the disk is full or fails. What was written before is kept.
         """
         with output.in_words(self._path), self._locked():
@@ -100,6 +104,9 @@ class Journal:
             summaries = ((self._summary(line), line) for line in lines)
             new = {summary.number: (summary, line) for summary, line in summaries if summary.number not in self}
             data = b"".join(line for _, line in new.values())
+            if self._has_incomplete_line():
+                # Another worker was killed, or frozen, within it.
+                data = b"\n" + data
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(self._file, rest) :]
@@ -163,8 +170,10 @@ class Journal:
         """Close the file. It is kept for whoever goes on with the batch, unless it is empty."""
         if self._file < 0:
             return
-        if not self.finished and not os.fstat(self._file).st_size:
-            self._part.unlink(missing_ok=True)
+        if not self.finished:
+            with self._locked():
+                if not os.fstat(self._file).st_size:
+                    self._part.unlink(missing_ok=True)
         os.close(self._file)
         self._file = -1
 
@@ -172,14 +181,18 @@ class Journal:
         try:
             self._part.replace(self._path)
         except FileNotFoundError:
-            # Another worker has finished the batch.
+            # Another worker has finished the batch, or somebody has removed the journal.
             if not output.is_owned(self._path, self.key):
-                raise
+                output.write(self._file, self.key, "ended", self._path, None)
 
     def _catch_up(self) -> None:
         """Read what was appended to the file since the last time."""
         if os.fstat(self._file).st_size != self._size:
             self._size = self._read(self._file, self._size)
+
+    def _has_incomplete_line(self) -> bool:
+        size = os.fstat(self._file).st_size
+        return size > self._size and os.pread(self._file, 1, size - 1) != b"\n"
 
     def _catch_up_and_cut(self) -> None:
         """Remove a last line that is not complete, too: its worker was killed, or the disk was full."""
@@ -191,27 +204,40 @@ class Journal:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other workers from writing, on file systems that know locks, and unless the other one is frozen."""
-        until = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.01)
-            except OSError:
-                break
+        self._lock()
+        while (status := os.fstat(self._file)).st_nlink == status.st_size == 0:
+            # Another worker, which had no result, has removed the empty file.
+            os.close(self._file)
+            self._file = self._open_part()
+            self._lock()
         try:
             yield
         finally:
             with suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
 
+    def _lock(self) -> None:
+        until = time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                return
+            else:
+                return
+
     def _read(self, file: int, start: int) -> int:
-        """Read the results from an offset on. Return the offset behind the last complete line."""
+        """Read the results from an offset on. Return the offset behind the last complete line.
+
+        Raises:
+            InvalidRequestError: another batch has begun to write there at the same time.
+        """
         for offset, line in output.lines(file, start):
             summary = results.summary(self.key, line)
+            if summary is None and file == self._file:
+                output.check_line(self._path, self.key, line)
             self._is_tidy &= summary is not None and summary.number not in self
             if summary:
                 self._record(summary)

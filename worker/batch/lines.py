@@ -18,15 +18,19 @@ Code = Literal[
     "invalid_json_line",
     "missing_required_parameter",
     "duplicate_custom_id",
+    "invalid_custom_id",
     "invalid_method",
     "invalid_url",
     "invalid_request",
     "engine_died",
 ]
-"""The codes of lines that are not asked. `line_too_long` and the last two are not among OpenAI's own."""
+"""The codes of lines that are not asked. Not OpenAI's own: `line_too_long`, `invalid_custom_id`, and the last two."""
 
 NOT_OBJECTS: tuple[Code, ...] = ("line_too_long", "invalid_json_line")
 """The codes of lines that are not even JSON objects."""
+
+LONGEST_ID = 512
+"""The most characters of a `custom_id`. Each one is kept for a while, and searched in results."""
 
 _POST_ROUTES = ", ".join(route for route, method in ROUTES.items() if method == "POST")
 _NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
@@ -109,6 +113,9 @@ def _custom_id(value: Json) -> str:
     custom_id = value.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise _LineMistakeError("missing_required_parameter", "'custom_id' must be a string that is not empty.")
+    if len(custom_id) > LONGEST_ID:
+        message = f"'custom_id' has {len(custom_id)} characters. At most {LONGEST_ID} are possible."
+        raise _LineMistakeError("invalid_custom_id", message)
     return custom_id
 
 
@@ -119,6 +126,8 @@ def _target(value: Json) -> tuple[str, str]:
     url = value.get("url")
     if not isinstance(url, str):
         raise _LineMistakeError("missing_required_parameter", "'url' must be a string, such as '/v1/chat/completions'.")
+    if not url.isascii():
+        raise _LineMistakeError("invalid_url", "'url' must have ASCII characters only.")
     path, _, query = f"/{url.lstrip('/')}".partition("?")
     if method_of(path) != "POST":
         raise _LineMistakeError(

@@ -62,15 +62,29 @@ def is_owned(path: Path, key: str) -> bool:
         raise InvalidRequestError(f"The batch's output {path.name!r} is not a file. Choose another path.")
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    found = results.ID.match(head)
-    if found and found[1] == key.encode():
+    check_line(path, key, head)
+    if results.ID.match(head):
         return True
     prefix = results.prefix(key)
-    if not found and b"\n" not in head and (prefix.startswith(head) or head.startswith(prefix)):
+    if b"\n" not in head and (prefix.startswith(head) or head.startswith(prefix)):
         # The first result is incomplete.
         return False
-    content = "results of another batch" if found else "content that is no batch's"
-    raise InvalidRequestError(
+    raise _not_free(path, "content that is no batch's")
+
+
+def check_line(path: Path, key: str, line: bytes) -> None:
+    """Check that a line is no result of another batch than that with this key.
+
+    Raises:
+        InvalidRequestError: it is one.
+    """
+    found = results.ID.match(line)
+    if found and found[1] != key.encode():
+        raise _not_free(path, "results of another batch")
+
+
+def _not_free(path: Path, content: str) -> InvalidRequestError:
+    return InvalidRequestError(
         f"The batch's output {path.name!r} exists and has {content}. Choose another path, or remove the file."
     )
 

@@ -14,6 +14,8 @@ ID = re.compile(rb'\{"id":"batch_req_([A-Za-z0-9_-]+)_(\d{1,9})"')
 """The beginning of a result: the key of its batch, and the number of its line."""
 
 _HEAD = re.compile(ID.pattern + rb',"custom_id":(null|"(?:[^"\\]|\\.)*"),"response":(?:null|\{"status_code":(\d+)),')
+_ENDS = (b',"error":null}\n', b'"}}\n')
+"""The ends of a result. A line that was cut, because its worker was killed, has another one."""
 _USAGE = b'"usage":{'
 _TOKENS_IN = re.compile(rb'"(?:prompt|input)_tokens":(\d+)')
 _TOKENS_OUT = re.compile(rb'"(?:completion|output)_tokens":(\d+)')
@@ -66,7 +68,7 @@ def _result(key: str, number: int, custom_id: str | None, response: Json | None,
 def summary(key: str, line: bytes) -> Summary | None:
     """Return the summary of a whole result line; None if it is no result of the batch with this key."""
     head = _HEAD.match(line)
-    if head is None or head[1] != key.encode():
+    if head is None or head[1] != key.encode() or not line.endswith(_ENDS):
         return None
     usage = line.rfind(_USAGE)
     tokens_in, tokens_out = (_number(pattern, line, usage) for pattern in (_TOKENS_IN, _TOKENS_OUT))

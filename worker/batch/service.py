@@ -41,6 +41,8 @@ class BatchService:
         self._lifecycle = lifecycle
         self._call = partial(threads.call, store.threads)
         self._created = asyncio.Event()
+        self._running = ""
+        """The batch that this worker runs. Where files cannot be locked, only this tells it from one that waits."""
 
     @classmethod
     def of(cls, settings: Settings, lifecycle: Lifecycle) -> "BatchService | None":
@@ -73,9 +75,10 @@ class BatchService:
             StorageError: the disk is full or fails.
         """
         await self._call(self.store.cancel, owner, batch.id)
-        async with self._locked(owner, batch.id) as batch_to_end:
-            if batch_to_end is not None:
-                await self._end(owner, batch_to_end, _early_end(batch_to_end) or "cancelled")
+        if batch.id != self._running:
+            async with self._locked(owner, batch.id) as batch_to_end:
+                if batch_to_end is not None:
+                    await self._end(owner, batch_to_end, _early_end(batch_to_end) or "cancelled")
         return await self._call(self.store.batch, owner, batch.id)
 
     @asynccontextmanager
@@ -113,7 +116,7 @@ class BatchService:
         Raises:
             StorageError: the state cannot be read or written. The batch goes on later.
         """
-        job = self._job(shared, owner, batch)
+        job, self._running = self._job(shared, owner, batch), batch.id
         try:
             with only_job_errors(batch.id):
                 batch, status = await self._answer(owner, batch, job)
@@ -128,6 +131,8 @@ class BatchService:
             await self._end(owner, batch, "failed")
         else:
             await self._end(owner, batch, status)
+        finally:
+            self._running = ""
         return True
 
     def _job(self, shared: Shared, owner: str, batch: BatchObject) -> Batch:

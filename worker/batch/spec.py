@@ -20,7 +20,8 @@ SHAPE = (
 )
 
 _LINK = re.compile(r"https?://", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+# White space can match in one place only. Otherwise a long text would be tried at each of its spaces.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+(?:={1,2}\s*)?")
 _LONGEST_PATH = 4096
 
 Kind = Literal["link", "path", "list", "base64"]
