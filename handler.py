@@ -6,6 +6,7 @@ In the queue's mode the worker ends in `runpod.serverless.start({"handler": …}
 import gc
 import logging
 import sys
+from contextlib import suppress
 
 from worker import readahead
 
@@ -22,11 +23,13 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as error:
         # A signal while the model is loaded.
-        code = int(error.code or 0)
+        code = processes.code_of(error)
     except Exception:
         logging.getLogger("worker").exception("The worker has failed")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # Whoever read them may have ended.
+        with suppress(OSError):
+            stream.flush()
     # Threads that hang must not keep the process alive.
     processes.exit_now(code)
 elif __name__ == "__mp_main__":

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from tests.support.clock import run_on_virtual_clock
 from tests.support.tiny import ROOT
 from worker import batch_mode, modes
+from worker.cluster.cluster import FINISHED, SingleMachine
+from worker.cluster.roster import STOPPED
 from worker.errors import ConfigurationError, StartupError
 from worker.main import choose, read_options
 from worker.modes import Mode
@@ -50,7 +53,7 @@ def test_the_mode_follows_from_options_and_settings(
 class ScriptedMode(Mode):
     """Records its steps, and fails in one of them."""
 
-    def __init__(self, worker: Worker, failing: dict[str, StartupError], can_refuse: bool) -> None:
+    def __init__(self, worker: Worker, failing: Mapping[str, Exception], can_refuse: bool = False) -> None:
         super().__init__(worker)
         self.steps: list[str] = []
         self._failing = failing
@@ -202,13 +205,36 @@ def test_a_stop_that_python_drops_is_repeated() -> None:
 
 
 @pytest.mark.usefixtures("clean_registry")
-@pytest.mark.parametrize("error", [WRONG, StartupError("The engine did not start.")], ids=["settings", "engine"])
-def test_a_stop_that_became_an_error_of_the_engine_is_a_stop(error: StartupError, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [WRONG, StartupError("The engine did not start."), RuntimeError()], ids=["settings", "engine", "library"]
+)
+def test_a_stop_that_became_another_error_is_a_stop(error: Exception, tmp_path: Path) -> None:
     mode = ScriptedMode(worker(tmp_path), {"load": error}, can_refuse=True)
     mode.stopped_by = signal.SIGTERM
     with pytest.raises(SystemExit) as stopped:
         modes.run(mode, None)
     assert (stopped.value.code, mode.steps) == (0, ["listen", "load"])
+
+
+class Noting(SingleMachine):
+    """Notes what the worker says about its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[str] = []
+
+    def leave(self, what: str = STOPPED) -> None:
+        self.ends.append(what)
+
+
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize(("stopped_by", "first"), [(None, FINISHED), (signal.SIGTERM, STOPPED)], ids=["end", "stop"])
+def test_a_mode_that_was_stopped_has_not_finished(stopped_by: int | None, first: str, tmp_path: Path) -> None:
+    mode = ScriptedMode(worker(tmp_path), {})
+    mode.ends_by_itself, mode.stopped_by = True, stopped_by
+    mode.worker.cluster = cluster = Noting()
+    assert modes.run(mode, None) == 7
+    assert cluster.ends[0] == first
 
 
 @pytest.mark.parametrize("argv", [["--batch", "in.jsonl"], ["--out", "out.jsonl"]])

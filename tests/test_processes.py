@@ -1,5 +1,6 @@
 """The worker exits even if a thread hangs, and leaves no processes behind."""
 
+import os
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ processes.EXIT_SECONDS = 0.3
 try:
     with processes.exit_soon_after():
         {statement}
-except Exception:
+except BaseException:
     pass
 time.sleep({seconds})
 """
@@ -30,8 +31,13 @@ def run(code: str) -> int:
 
 @pytest.mark.parametrize(
     ("statement", "code"),
-    [("pass", 0), ("raise EngineDiedError", 1), ("raise LookupError", 1)],
-    ids=["end", "death", "defect"],
+    [
+        pytest.param("pass", 0, id="end"),
+        pytest.param("raise EngineDiedError", 1, id="death"),
+        pytest.param("raise LookupError", 1, id="defect"),
+        pytest.param("raise SystemExit(0)", 0, id="stop"),
+        pytest.param("raise SystemExit('text')", 1, id="a library ends the process"),
+    ],
 )
 def test_a_thread_that_hangs_does_not_delay_the_exit(statement: str, code: int) -> None:
     began = time.monotonic()
@@ -86,6 +92,19 @@ def test_a_killed_worker_leaves_no_engine_behind() -> None:
         worker.kill()
         worker.wait()
         assert have_ended([engine])
+
+
+def test_a_signal_for_the_workers_group_does_not_reach_the_engine() -> None:
+    command = [sys.executable, "-c", KILLED]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as worker:
+        assert worker.stdout is not None
+        engine = psutil.Process(int(worker.stdout.readline()))
+        try:
+            assert os.getpgid(worker.pid) == worker.pid
+            while os.getpgid(engine.pid) == worker.pid:
+                time.sleep(0.01)
+        finally:
+            worker.kill()
 
 
 ORPHAN = """

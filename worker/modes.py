@@ -61,13 +61,11 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
                 with worker.cluster_first():
                     mode.load()
                     code = mode.serve()
-                if mode.ends_by_itself:
+                if mode.ends_by_itself and mode.stopped_by is None:
                     worker.cluster.leave(FINISHED)
                 return code
         except StartupError as error:
-            if mode.stopped_by is not None and worker.cluster.problem is None:
-                # The signal's exception became another one in a library.
-                sys.exit(mode.exit_code)
+            mode.exit_if_stopped()
             if not isinstance(worker.cluster.problem, ConfigurationError):
                 worker.cluster.leave("has failed")
             if not isinstance(error, ConfigurationError):
@@ -75,6 +73,7 @@ def run(mode: "Mode", problem: ConfigurationError | None) -> int:
                 raise
             problem = problem or error
         except Exception:
+            mode.exit_if_stopped()
             worker.cluster.leave("has failed")
             raise
         if worker.settings.startup_failure == "exit":
@@ -125,6 +124,12 @@ class Mode(ABC):
         self.stopped_by = self.stopped_by or number
         signal.setitimer(signal.ITIMER_REAL, STOP_AGAIN_SECONDS)
         sys.exit(self.exit_code)
+
+    def exit_if_stopped(self) -> None:
+        """End the process if a signal has stopped the worker: its exception became another one in a library."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.stopped_by is not None and self.worker.cluster.problem is None:
+            sys.exit(self.exit_code)
 
     def load(self) -> None:
         """Load the engine."""

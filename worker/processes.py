@@ -78,8 +78,13 @@ def children_end_with_this() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
+    """Have the kernel kill this process when the thread that started it ends.
+
+    Signals to the parent's group, such as Ctrl-C, no longer reach it: the parent ends it once requests have ended.
+    """
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(OSError):
+        os.setpgid(0, 0)
 
 
 def _before_fork() -> None:
@@ -114,10 +119,18 @@ def exit_soon_after() -> Iterator[None]:
         yield
     except ConfigurationError:
         raise
+    except SystemExit as error:
+        _exit_later(code_of(error))
+        raise
     except BaseException:
         _exit_later(1)
         raise
     _exit_later(0)
+
+
+def code_of(error: SystemExit) -> int:
+    """Return the exit code that Python would end with. A library may have raised the error with a text."""
+    return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def exit_now(code: int) -> NoReturn:

@@ -64,6 +64,16 @@ def test_memory_segments_are_expandable_unless_a_setting_forbids_it(
     assert ("PYTORCH_ALLOC_CONF" in prepared(**variables)) is expandable
 
 
+def test_only_the_workers_own_limit_counts_for_a_step_of_the_engine() -> None:
+    name = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+    assert prepared()[name] == "1000000"
+    assert prepared(**{name: "60"})[name] == "60"
+
+
+def test_vllms_limit_for_a_step_stays_where_the_worker_has_none() -> None:
+    assert "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS" not in prepared(DISABLE_LOG_STATS="true")
+
+
 def test_caches_of_compiled_code_are_inside_vllms_cache() -> None:
     variables = prepared(VLLM_CACHE_ROOT="/cache")
     assert variables["TRITON_CACHE_DIR"] == "/cache/triton"

@@ -24,6 +24,8 @@ connect to a public address; the worker's own first generation is a better check
 """
 ALLOCATION_SETTINGS = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "KV_TRANSFER_CONFIG"}
 """Settings that replace expandable segments, or are incompatible with them."""
+NO_LIMIT_SECONDS = 10**6
+"""As long as vLLM can wait: it counts in milliseconds."""
 MEDIA_CONNECTOR = "worker"
 """The name of the worker's media connector in vLLM's registry."""
 
@@ -45,6 +47,9 @@ def prepare(settings: Settings, logging_config: Path | None = None) -> None:
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "FLASHINFER_WORKSPACE_BASE": str(cache / "flashinfer"),
     }
+    if not flags.boolean(values, "DISABLE_LOG_STATS"):
+        # ENGINE_STALL_TIMEOUT takes its place: vLLM's own limit for a step counts the time of a frozen worker too.
+        defaults["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(NO_LIMIT_SECONDS)
     if logging_config is not None:
         defaults["VLLM_LOGGING_CONFIG_PATH"] = str(logging_config)
     if settings.hf_token:

@@ -145,7 +145,8 @@ class Settings(BaseModel):
     """What happens to a queue job without any output when the worker has to stop, or its engine dies: `fail` it, or
     `leave` it to RunPod, which may give it to another worker. Jobs with output always fail."""
     engine_stall_timeout: float = Field(default=300.0, gt=0)
-    """Seconds without any sign of life after which an engine with requests counts as dead."""
+    """Seconds without any sign of life after which an engine with requests counts as dead. No limit with
+    `DISABLE_LOG_STATS`: the engine then sends nothing while it reads a long prompt."""
     cluster_port: int = Field(default=29560, ge=1, le=65535)
     """The port of the head of a cluster, on which its nodes agree and notice that one is lost."""
     cluster_timeout: float = Field(default=600.0, gt=0)
