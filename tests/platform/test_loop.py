@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from standin import (
@@ -22,6 +23,7 @@ from standin import (
     worker_environment,
 )
 from standin.echo_worker import CONCURRENCY
+from tests.conftest import have_ended
 from tests.support.tiny import ROOT
 from worker.errors import ENGINE_DIED, LEAVING
 from worker.queue.platform import FORGOTTEN_ANSWERS
@@ -315,6 +317,16 @@ def test_a_stopped_worker_completes_running_jobs_and_takes_no_more(number: signa
         assert job.status is Status.COMPLETED
         late = httpx.post(f"{server.endpoint_url}/run", json={"input": {"count": 1}}).json()
         assert server.platform.jobs[late["id"]].status is Status.IN_QUEUE
+
+
+def test_a_killed_worker_sends_no_pings() -> None:
+    with running_worker(Behaviour()) as (server, worker):
+        server.wait_until(lambda platform: platform.records.pings)
+        children = psutil.Process(worker.pid).children()
+        assert children
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(timeout=20)
+        assert have_ended(children)
 
 
 def test_a_worker_whose_engine_has_died_answers_its_jobs_and_exits() -> None:

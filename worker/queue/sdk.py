@@ -8,6 +8,7 @@ import asyncio
 import bisect
 import itertools
 import signal
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import runpod
 from runpod.http_client import get_auth_header
 from runpod.serverless.modules import rp_fastapi, rp_http, rp_job, rp_logger, rp_ping, rp_scale, worker_state
 
+from worker import processes
 from worker.queue.development_api import DevelopmentAPI
 from worker.queue.handler import Handler
 from worker.queue.loop import Context, JobLoop
@@ -32,14 +34,19 @@ PINGED_BYTES = 7000
 
 def serve_queue(handler: Handler, context: Context, runner: asyncio.Runner) -> None:
     """Answer jobs from RunPod's queue in the runner's loop, until the worker is stopped or cannot go on."""
+    before_serving = ExitStack()
 
-    def scaler(_config: dict[str, Any]) -> SimpleNamespace:
-        return SimpleNamespace(start=lambda: runner.run(_serve(handler, context)))
+    def serve() -> None:
+        before_serving.close()
+        runner.run(_serve(handler, context))
 
-    rp_scale.JobScaler = scaler
+    rp_scale.JobScaler = lambda _config: SimpleNamespace(start=serve)
     worker_state.PingJobMirror = PingedJobs
     rp_ping.SyncClientSession = PingSession
-    start(handler, context.places.most)
+    with before_serving:
+        # The SDK forks the ping process first. RunPod must not get pings of a worker that was killed.
+        before_serving.enter_context(processes.children_end_with_this())
+        start(handler, context.places.most)
 
 
 async def _serve(handler: Handler, context: Context) -> None:
