@@ -122,6 +122,8 @@ class Mode(ABC):
         Python drops the exception if the handler happens to run within a finalizer. So a timer raises it again.
         """
         self.stopped_by = self.stopped_by or number
+        if self.worker.is_importing:
+            processes.exit_now(self.exit_code)
         signal.setitimer(signal.ITIMER_REAL, STOP_AGAIN_SECONDS)
         sys.exit(self.exit_code)
 

@@ -44,6 +44,8 @@ class Worker:
     def __init__(self, settings: Settings, cause_file: Path) -> None:
         self.settings = settings
         self._cause_file = cause_file
+        self.is_importing = False
+        """Whether vLLM is being imported. An exception of a signal's handler could then abort the process."""
         self.lifecycle = Lifecycle()
         self.telemetry = Telemetry(settings.model_name, resumes=self.lifecycle.resumes)
         self.startup_phases = StartupPhases()
@@ -105,8 +107,10 @@ class Worker:
                 if weights.need_no_hub:
                     environment.go_offline()
             with phase("imports"):
+                self.is_importing = True
                 from worker import engine
 
+                self.is_importing = False
                 args = engine.parse_arguments(settings)
             with phase("download"):
                 folders = weights.folders()
