@@ -202,12 +202,12 @@ class Head(Link):
                     log.warning("Node %d %s. It is waited for again.", rank, why)
                     if (dropped := self._writers.pop(rank, None)) is not None:
                         dropped.close()
-                case Stopping(node) if self._is_stopping():
-                    # Both were stopped, as when all nodes are.
-                    self._stopped = node
                 case Stopping(node):
-                    # The engine goes on, so that running requests can end.
                     self._stopped = node
+                    if self._is_stopping():
+                        # Both were stopped, as when all nodes are.
+                        continue
+                    # The engine goes on, so that running requests can end.
                     self.problem = StartupError(f"{sentence(f'{node} is being stopped')} This node ends, too.")
                     log.warning("%s", self.problem)
                     self._stop()

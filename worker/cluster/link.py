@@ -135,11 +135,14 @@ class Link(Cluster):
         if self._thread.is_alive() and not self._has_left:
             self._has_left = True
             leaving = self._leave(what)
-            try:
-                asyncio.run_coroutine_threadsafe(leaving, self._loop).result(timeout=2 * CLOSE_SECONDS)
-            except (TimeoutError, CancelledError, RuntimeError):
-                # The loop has ended meanwhile, because the cluster is over.
-                leaving.close()
+            # The loop may end meanwhile, because the cluster is over.
+            with suppress(TimeoutError, CancelledError):
+                try:
+                    left = asyncio.run_coroutine_threadsafe(leaving, self._loop)
+                except RuntimeError:
+                    leaving.close()
+                    return
+                left.result(timeout=2 * CLOSE_SECONDS)
 
     def describe(self) -> Json:
         """Return role, rank and nodes."""
