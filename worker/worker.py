@@ -108,9 +108,10 @@ class Worker:
                     environment.go_offline()
             with phase("imports"):
                 self.is_importing = True
-                from worker import engine
-
-                self.is_importing = False
+                try:
+                    from worker import engine
+                finally:
+                    self.is_importing = False
                 args = engine.parse_arguments(settings)
             with phase("download"):
                 folders = weights.folders()
